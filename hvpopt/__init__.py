@@ -1,0 +1,10 @@
+"""Second-order optimization for PyTorch: products, optimizers and curvature.
+
+Importing this imports torch alone; Lightning and Hydra load where they are used.
+"""
+
+from hvpopt.closure import ClosureOracle, Linearization
+from hvpopt.optim.newton_cg import NewtonCG, NewtonCGReport
+from hvpopt.optim.smd import SMD, SMDReport
+
+__all__ = ["SMD", "ClosureOracle", "Linearization", "NewtonCG", "NewtonCGReport", "SMDReport"]

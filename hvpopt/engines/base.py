@@ -1,0 +1,110 @@
+"""What every engine shares: the runs it asks for, the trace it returns, reverse products."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hvpopt.engines.interception import Backward
+from hvpopt.engines.split import Curvature, LossSplit
+from hvpopt.trees import TensorList
+
+
+class Runner(Protocol):
+    """Runs the closure for an engine: the first time for good, later without a trace."""
+
+    params: TensorList
+
+    def __call__(
+        self,
+        on_backward: Backward,
+        *,
+        split: LossSplit | None = None,
+        around: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """One run, inside the context ``around``, with ``on_backward`` as its backward."""
+        ...
+
+    def average(self, tensors: Sequence[Tensor]) -> TensorList:
+        """The mean over ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The loss at the current parameters and its derivatives, of this rank alone.
+
+    Attributes:
+        loss: scalar, the sum over the closure's ``backward`` calls.
+        batch_grad: its gradient, one tensor a parameter.
+        product: v ↦ H v or G v.
+        has_remainder: whether a part of a GGN is the Hessian of a term outside the split.
+    """
+
+    loss: Tensor
+    batch_grad: TensorList
+    product: Callable[[TensorList], TensorList]
+    has_remainder: bool = False
+
+
+class Engine(Protocol):
+    """One way to the products of a closure."""
+
+    name: str
+
+    def trace(self, run: Runner, curvature: Curvature) -> Trace:
+        """Loss, gradient, and the operator at the current parameters."""
+        ...
+
+    def trace_along(
+        self, run: Runner, v: TensorList, curvature: Curvature
+    ) -> tuple[Tensor, TensorList]:
+        """The loss and the product with ``v``; the gradient is left in ``p.grad``."""
+        ...
+
+
+def fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> TensorList:
+    """``grads`` with zeros of the parameters' shapes where there is none."""
+    return [
+        torch.zeros_like(p, requires_grad=False) if g is None else g.detach()
+        for g, p in zip(grads, like, strict=True)
+    ]
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Σᵢ (∂outputᵢ/∂input)ᵀ cotangentᵢ for each input; None where no output depends on it."""
+    pairs = [
+        (o, c)
+        for o, c in zip(outputs, cotangents, strict=True)
+        if o is not None and c is not None and o.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [c.to(o.dtype) for o, c in pairs],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def unit_cotangent(loss: Tensor) -> Tensor:
+    """A one for the gradient of ``loss`` to start from, which itself requires a gradient.
+
+    A custom Function marked ``once_differentiable`` then raises where its backward would be
+    differentiated, instead of passing for a constant.
+    """
+    return torch.ones_like(loss).requires_grad_()

@@ -1,0 +1,85 @@
+"""The choice of an engine: by what the caller needs and by what the model supports."""
+
+import logging
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from hvpopt.engines.base import Engine
+from hvpopt.engines.dual import DualEngine, RemainderError
+from hvpopt.engines.finite_difference import FiniteDifferenceEngine
+from hvpopt.engines.graph import GraphEngine
+from hvpopt.engines.split import Curvature
+
+logger = logging.getLogger("hvpopt")
+
+EngineName = Literal["auto", "dual", "graph", "finite_difference"]
+Use = Literal["one product", "many products"]
+
+
+def _candidates(requested: EngineName, use: Use, curvature: Curvature) -> list[Engine]:
+    dual: list[Engine] = [DualEngine()]
+    if curvature == "hessian":
+        dual.append(DualEngine(thorough=True))
+    if requested == "dual":
+        return dual
+    if requested == "graph":
+        return [GraphEngine()]
+    if requested == "finite_difference":
+        return [FiniteDifferenceEngine()]
+    exact = [*dual, GraphEngine()] if use == "one product" else [GraphEngine(), *dual]
+    return [*exact, FiniteDifferenceEngine()] if curvature == "hessian" else exact
+
+
+class EngineChoice:
+    """Remembers which engine serves a model, so that it is found once and logged once.
+
+    Args:
+        requested: an engine's name, or "auto". One product a step is the dual engine's (three
+            gradients in one run), many products at one point the graph engine's (two gradients
+            each, nothing recomputed); what these cannot differentiate falls to the next in line,
+            finite differences last.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    def __init__(self, requested: EngineName = "auto") -> None:
+        if requested not in get_args(EngineName):
+            raise ValueError(
+                f"engine={requested!r} is unknown: choose one of "
+                f"{', '.join(map(repr, get_args(EngineName)))}."
+            )
+        self.requested = requested
+        self._chosen: dict[tuple[Use, Curvature], Engine] = {}
+
+    def __call__(self, use: Use, curvature: Curvature, probe: Callable[[Engine], None]) -> Engine:
+        """The engine for this use; ``probe`` tries a candidate and raises where it fails."""
+        key = (use, curvature)
+        if key not in self._chosen:
+            self._chosen[key] = self._find(use, curvature, probe)
+        return self._chosen[key]
+
+    def _find(self, use: Use, curvature: Curvature, probe: Callable[[Engine], None]) -> Engine:
+        candidates = _candidates(self.requested, use, curvature)
+        failures: dict[str, Exception] = {}
+        for engine in candidates:
+            if len(candidates) > 1:
+                try:
+                    probe(engine)
+                except (RuntimeError, RemainderError) as error:
+                    failures[engine.name] = error
+                    continue
+            why = f"asked for, for {use}" if self.requested != "auto" else f"best for {use}"
+            if failures:
+                why = "; ".join(f"{name} failed: {_line(e)}" for name, e in failures.items())
+            logger.info("Products of the %s by engine %s (%s).", curvature, engine.name, why)
+            return engine
+        first = next(iter(failures.values()))
+        if len({_line(error) for error in failures.values()}) == 1:
+            raise first  # not a matter of engines
+        tried = "; ".join(f"{name}: {_line(error)}" for name, error in failures.items())
+        raise RuntimeError(f"No engine can differentiate this closure twice ({tried}).") from first
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""Optimizers that take curvature from the training closure."""

@@ -1,0 +1,190 @@
+"""What the optimizers that need a closure share: validation, isolation, failures, reports."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hvpopt import trees
+from hvpopt.closure import ClosureOracle, NoBackwardError
+from hvpopt.engines.choice import EngineChoice, EngineName
+from hvpopt.engines.ranks import check_not_sharded
+from hvpopt.optim.report import Outcome, StepReport
+from hvpopt.trees import TensorList
+
+logger = logging.getLogger("hvpopt")
+
+NO_CLOSURE = (
+    "{name}.step() was called without a closure, but computes its products from one. Under "
+    "Lightning's precision='16-mixed' the closure never reaches the optimizer: use 'bf16-mixed' "
+    "or '32-true'. In a loop of your own call optimizer.step(closure), where closure computes the "
+    "loss, clears the gradients, calls backward() and returns the loss."
+)
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> float:
+    """``value``, if low ≤ value ≤ high.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        bound = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise ValueError(f"{name}={value!r} is out of range: expected a number {bound}.")
+    return value
+
+
+class ClosureOptimizer(Optimizer):
+    """A torch optimizer whose step reads loss, gradient and curvature off the closure.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        defaults: the groups' defaults.
+        engine: see `hvpopt.closure.ClosureOracle`.
+        max_consecutive_failures: so many steps in a row may fail (a loss that is not finite, say)
+            before an error ends the training.
+
+    Attributes:
+        last_report: the `StepReport` of the last step; None before the first.
+        num_steps, num_products, num_closure_runs: totals since the optimizer was made.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        engine: EngineName = "auto",
+        max_consecutive_failures: int = 5,
+    ) -> None:
+        check_range("max_consecutive_failures", max_consecutive_failures, 1)
+        self._choice = EngineChoice(engine)
+        self._max_failures = max_consecutive_failures
+        self._num_failures = 0
+        self._warned: set[int] = set()
+        self.last_report: StepReport | None = None
+        self.num_steps = self.num_products = self.num_closure_runs = 0
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, after its options and parameters are checked.
+
+        Raises:
+            ValueError: for an option out of range.
+            TypeError: for parameters that are complex, integer, or sparse.
+            ShardedModuleError: for parameters that FSDP has sharded.
+        """
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_not_sharded(group["params"])
+            names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                _check_parameter(name, p, type(self).__name__)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for an option out of range."""
+
+    @abstractmethod
+    def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
+        """Traces the oracle, moves ``params`` from ``start``, and says what happened."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step and returns the closure's loss, as at the parameters before the step.
+
+        Args:
+            closure: computes the loss, clears the gradients, calls ``backward()``, and returns
+                the loss; see `hvpopt.closure`.
+
+        Raises:
+            TypeError: without a closure.
+            NoBackwardError: if the closure returns a loss without calling ``backward()``.
+            FloatingPointError: after ``max_consecutive_failures`` failed steps in a row.
+            RuntimeError: if no parameter gets a gradient.
+        """
+        if closure is None:
+            raise TypeError(NO_CLOSURE.format(name=type(self).__name__))
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        start = trees.clone(params)
+        with ClosureOracle(closure, params, engine=self._choice) as oracle:
+            try:
+                report = self._advance(oracle, params, start)
+            except NoBackwardError:
+                if oracle.returned is not None:
+                    raise
+                report = StepReport(outcome=Outcome.SKIPPED, loss=float("nan"))
+            except BaseException:
+                trees.copy_(params, start)
+                raise
+        self._account(report)
+        return oracle.returned
+
+    def _account(self, report: StepReport) -> None:
+        self.last_report = report
+        self.num_steps += 1
+        self.num_products += report.num_products
+        self.num_closure_runs += report.num_closure_runs
+        self._num_failures = self._num_failures + 1 if report.outcome.failed else 0
+        if self._num_failures >= self._max_failures:
+            raise FloatingPointError(
+                f"{self._num_failures} steps of {type(self).__name__} in a row failed. The last: "
+                f"{report.outcome.value}"
+            )
+
+    def _check_gradients(self, oracle: ClosureOracle, params: Iterable[Tensor]) -> None:
+        """Warns once of each parameter without gradient; refuses sparse gradients."""
+        params = list(params)
+        without = [p for p in params if p.grad is None]
+        if len(without) == len(params):
+            raise RuntimeError(
+                "No parameter of the optimizer got a gradient from the closure: does the loss "
+                "depend on the parameters that the optimizer was given?"
+            )
+        for p in params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"Parameter {self._name(oracle, p)} has a sparse gradient, of which there is "
+                    "no curvature product: build the embedding with sparse=False."
+                )
+        for p in without:
+            if id(p) not in self._warned:
+                self._warned.add(id(p))
+                logger.warning(
+                    "Parameter %s got no gradient from the closure: it stays as it is.",
+                    self._name(oracle, p),
+                )
+
+    def _name(self, oracle: ClosureOracle, parameter: Tensor) -> str:
+        names = [
+            name
+            for module in oracle.modules
+            for name, p in module.named_parameters()
+            if p is parameter
+        ]
+        if names:
+            return repr(max(names, key=len))
+        index = [p is parameter for g in self.param_groups for p in g["params"]].index(True)
+        return f"number {index} (shape {tuple(parameter.shape)})"
+
+    def _per_parameter(self, option: str) -> list[Any]:
+        """A group option for each parameter that requires a gradient."""
+        return [g[option] for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+
+def _check_parameter(name: str, p: Tensor, optimizer: str) -> None:
+    if p.layout != torch.strided:
+        raise TypeError(f"Parameter {name} is sparse ({p.layout}): {optimizer} needs dense ones.")
+    if not p.dtype.is_floating_point:
+        raise TypeError(
+            f"Parameter {name} has dtype {p.dtype}: {optimizer} needs real floating-point "
+            "parameters (torch.view_as_real gives those of a complex one)."
+        )

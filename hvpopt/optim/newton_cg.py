@@ -1,0 +1,249 @@
+"""Newton-CG, also known as Hessian-free optimization."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hvpopt import trees
+from hvpopt.closure import ClosureOracle
+from hvpopt.engines.choice import EngineName
+from hvpopt.engines.split import Curvature
+from hvpopt.optim.base import ClosureOptimizer, check_range
+from hvpopt.optim.damping import levenberg_marquardt, reduction_ratio
+from hvpopt.optim.line_search import LineSearchResult, armijo
+from hvpopt.optim.objective import Objective
+from hvpopt.optim.report import Outcome, StepReport
+from hvpopt.solvers.cg import cg
+from hvpopt.solvers.result import Solution, Status
+from hvpopt.solvers.stopping import RelativeProgress, StoppingRule
+from hvpopt.trees import TensorList
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonCGReport(StepReport):
+    """What Newton-CG did in a step. The objective is the loss plus the weight decay's ½ wd ‖θ‖².
+
+    Attributes:
+        objective, objective_after: its values before and after the step, on the same batch.
+        damping: λ that was used, of the first group.
+        reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
+        cg_steps: steps of CG.
+        cg_status: why CG ended.
+        min_curvature: the least pᵀA p / ‖p‖² that CG met, damping included.
+        step_length: multiple of the direction that was taken; 0 for none.
+        grad_norm: of the objective's gradient.
+        update_norm: ‖θ_new − θ‖.
+    """
+
+    objective: float = math.nan
+    objective_after: float = math.nan
+    damping: float = math.nan
+    reduction_ratio: float = math.nan
+    cg_steps: int = 0
+    cg_status: Status | None = None
+    min_curvature: float = math.nan
+    step_length: float = 0.0
+    grad_norm: float = math.nan
+    update_norm: float = 0.0
+
+
+class NewtonCG(ClosureOptimizer):
+    """Newton's method with conjugate gradients on curvature products (Martens 2010).
+
+    Each step minimises, by CG, the model of the objective F(θ) = loss + ½ wd ‖θ‖² on one batch
+
+        m(d) = gᵀd + ½ dᵀ(B + λ I) d,     B the GGN (or Hessian) of F,
+
+    from the last step's solution, goes along p = lr·d by backtracking until F decreases
+    sufficiently, and adapts λ to how well the model without λ predicted the decrease. A step that
+    no length makes a decrease is rejected: the parameters stay exactly as they were and λ grows.
+
+    Where ``p.grad`` is not the gradient of the loss that the closure computes (accumulated
+    micro-batches, clipping), F is that loss plus the linear term that gives it the gradient
+    ``p.grad``: curvature and line search use the last micro-batch, the gradient uses all of them
+    (the surrogate of Shamir, Srebro and Zhang 2014, equation 3).
+
+    Args:
+        params: parameters, named parameters, or groups; ``lr``, ``damping`` and ``weight_decay``
+            may differ from group to group.
+        lr: multiple of the Newton direction that is tried first.
+        damping: initial λ, in the units of the curvature (of the loss's mean over the batch where
+            the loss is a mean).
+        weight_decay: wd, in the loss's units; part of objective, gradient and curvature.
+        curvature: "ggn" (never indefinite) or "hessian".
+        max_cg_steps: at most so many products a step.
+        cg_stop: when CG has done enough; Martens' relative progress by default.
+        warm_start: CG starts from this multiple of the last step's solution.
+        damping_factor: λ grows or shrinks by it a step; 1 keeps λ fixed.
+        sufficient_decrease: Armijo's c.
+        backtracking: what a rejected trial step is multiplied by.
+        max_evaluations: trial steps before a step is rejected.
+        grad_tolerance: at or below this norm of F's gradient the parameters stay.
+        engine: see `hvpopt.closure.ClosureOracle`.
+        max_consecutive_failures: so many failed steps in a row raise FloatingPointError.
+
+    Raises:
+        ValueError: for an argument out of range.
+        TypeError: for complex, integer or sparse parameters.
+
+    Source: Martens, "Deep learning via Hessian-free optimization" (2010), section 4; the GGN is
+    Schraudolph's (2002).
+
+    Examples:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = NewtonCG([w], damping=0.0)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     scaled = torch.tensor([1.0, 10.0]) * w
+        ...     loss = torch.nn.functional.mse_loss(scaled, torch.ones(2))
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item()
+        222.5
+        >>> w.data
+        tensor([1.0000, 0.1000])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        damping: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        curvature: Curvature = "ggn",
+        max_cg_steps: int = 250,
+        cg_stop: StoppingRule | None = None,
+        warm_start: float = 0.95,
+        damping_factor: float = 1.5,
+        sufficient_decrease: float = 1e-2,
+        backtracking: float = 0.5,
+        max_evaluations: int = 10,
+        grad_tolerance: float = 0.0,
+        engine: EngineName = "auto",
+        max_consecutive_failures: int = 5,
+    ) -> None:
+        if curvature not in ("ggn", "hessian"):
+            raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
+        self._curvature: Curvature = curvature
+        self._max_cg_steps = int(check_range("max_cg_steps", max_cg_steps, 1))
+        self._cg_stop = RelativeProgress() if cg_stop is None else cg_stop
+        self._warm_start = check_range("warm_start", warm_start, 0.0, 1.0)
+        self._damping_factor = check_range("damping_factor", damping_factor, 1.0)
+        self._sufficient_decrease = check_range(
+            "sufficient_decrease", sufficient_decrease, 0.0, 1.0
+        )
+        self._backtracking = check_range("backtracking", backtracking, 0.01, 0.99)
+        self._max_evaluations = int(check_range("max_evaluations", max_evaluations, 1))
+        self._grad_tolerance = check_range("grad_tolerance", grad_tolerance, 0.0)
+        defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(
+            params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_range("damping", group["damping"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+
+    def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
+        point = oracle.trace(self._curvature)
+        self._check_gradients(oracle, params)
+        objective = Objective(oracle, point, params, start, self._per_parameter("weight_decay"))
+        grad_norm = float(trees.norm(objective.grad))
+        said: dict[str, Any] = {
+            "loss": float(point.loss),
+            "objective": objective.value,
+            "damping": float(self.param_groups[0]["damping"]),
+            "grad_norm": grad_norm,
+        }
+        if not math.isfinite(objective.value):
+            return self._report(oracle, Outcome.NONFINITE_LOSS, **said)
+        if not math.isfinite(grad_norm):
+            return self._report(oracle, Outcome.NONFINITE_GRADIENT, **said)
+        if grad_norm <= self._grad_tolerance:
+            return self._report(oracle, Outcome.CONVERGED, **said, objective_after=objective.value)
+
+        solution = self._solve(objective, params)
+        said.update(
+            cg_steps=solution.num_steps,
+            cg_status=solution.status,
+            min_curvature=solution.min_curvature,
+        )
+        if solution.status is Status.BREAKDOWN and solution.num_steps == 0:
+            return self._report(oracle, Outcome.NONFINITE_PRODUCT, **said)
+        update, curved = self._update(objective, solution)
+        slope = float(trees.dot(objective.grad, update))
+        search = self._search(objective, update, slope)
+
+        length = search.step
+        predicted = length * slope + 0.5 * length**2 * curved
+        rose = not search.first_value - objective.value <= objective.noise
+        ratio = (
+            -math.inf
+            if rose
+            else reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
+        )
+        for group in self.param_groups:
+            group["damping"] = levenberg_marquardt(
+                group["damping"], ratio, factor=self._damping_factor
+            )
+        for p, d in zip(params, solution.value, strict=True):
+            self.state[p]["direction"] = d
+        said.update(
+            objective_after=search.value,
+            reduction_ratio=ratio,
+            step_length=length,
+            update_norm=length * float(trees.norm(update)),
+        )
+        return self._report(oracle, Outcome.STEPPED if length else Outcome.REJECTED, **said)
+
+    def _report(self, oracle: ClosureOracle, outcome: Outcome, **said: Any) -> NewtonCGReport:
+        return NewtonCGReport(
+            outcome=outcome,
+            num_closure_runs=oracle.num_runs,
+            num_products=oracle.num_products,
+            **said,
+        )
+
+    def _solve(self, objective: Objective, params: TensorList) -> Solution:
+        """CG on (B + λ I) d = −g, from a multiple of the last solution where that helps."""
+        damping = self._per_parameter("damping")
+
+        def damped(v: TensorList) -> TensorList:
+            return trees.add(objective.product(v), trees.scale_each(damping, v))
+
+        last = [self.state[p].get("direction") for p in params]
+        x0 = None
+        if self._warm_start > 0 and all(d is not None for d in last):
+            x0 = trees.scale([d for d in last if d is not None], self._warm_start)
+        rhs = trees.scale(objective.grad, -1.0)
+        return cg(damped, rhs, x0=x0, stop=self._cg_stop, max_steps=self._max_cg_steps)
+
+    def _update(self, objective: Objective, solution: Solution) -> tuple[TensorList, float]:
+        """The update p = lr·d and pᵀB p, from what CG knows of dᵀ(B + λ I) d where it can."""
+        lr, damping = self._per_parameter("lr"), self._per_parameter("damping")
+        stuck = solution.num_steps == 0 and solution.direction is not None
+        d = solution.direction if stuck and solution.direction is not None else solution.value
+        update = trees.scale_each(lr, d)
+        if stuck or len(set(lr)) > 1:
+            return update, float(trees.dot(update, objective.product(update)))
+        damped = 2 * (solution.model_value - float(trees.dot(objective.grad, d)))
+        return update, lr[0] ** 2 * (damped - float(trees.dot(trees.scale_each(damping, d), d)))
+
+    def _search(self, objective: Objective, update: TensorList, slope: float) -> LineSearchResult:
+        if not slope < 0:
+            return LineSearchResult(0.0, objective.value, math.inf, 0)
+        search = armijo(
+            lambda t: objective.move(update, t),
+            objective.value,
+            slope,
+            sufficient_decrease=self._sufficient_decrease,
+            factor=self._backtracking,
+            max_evaluations=self._max_evaluations,
+            noise=objective.noise,
+        )
+        if search.step == 0:
+            objective.restore()
+        return search

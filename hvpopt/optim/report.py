@@ -1,0 +1,58 @@
+"""What an optimizer says about its last step."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Outcome(Enum):
+    """How a step ended. The values are the sentences that a user reads."""
+
+    STEPPED = "The parameters moved."
+    CONVERGED = "The gradient is zero to within its tolerance: the parameters stay."
+    REJECTED = "No step along the direction decreased the loss: the parameters stay."
+    SKIPPED = "The closure returned None without calling backward: the parameters stay."
+    NONFINITE_LOSS = (
+        "The loss is not finite: the parameters stay. Look for a division by zero, a logarithm of "
+        "zero or inputs that are not finite, or lower the learning rate."
+    )
+    NONFINITE_GRADIENT = (
+        "The gradient is not finite though the loss is: the parameters stay. Look for a square "
+        "root or a norm at zero."
+    )
+    NONFINITE_PRODUCT = (
+        "The curvature product is not finite though loss and gradient are: the parameters stay. "
+        "Look for an operation whose second derivative is unbounded, such as a norm near zero."
+    )
+
+    @property
+    def failed(self) -> bool:
+        """Whether the step counts towards the optimizer's ``max_consecutive_failures``."""
+        return self not in (Outcome.STEPPED, Outcome.CONVERGED, Outcome.REJECTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What every optimizer reports of a step.
+
+    Attributes:
+        outcome: how the step ended.
+        loss: the closure's loss before the step.
+        num_closure_runs: how often the closure ran, evaluations included.
+        num_products: how many curvature products were computed.
+    """
+
+    outcome: Outcome
+    loss: float
+    num_closure_runs: int = 0
+    num_products: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """The finite numbers of the report by name, for a logger."""
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {
+            name: float(value)
+            for name, value in pairs
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }

@@ -1,0 +1,114 @@
+"""When an iterative solver may stop: small rules over what it knows after each step."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hvpopt.solvers.result import Status
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the solver of A x = b knows after a step."""
+
+    num_steps: int
+    """Steps taken, i."""
+    residual_norm: float
+    """‖b − A xᵢ‖."""
+    rhs_norm: float
+    """‖b‖."""
+    model_values: Sequence[float]
+    """m₀ … mᵢ with m(x) = ½ xᵀAx − bᵀx."""
+
+
+StoppingRule = Callable[[Progress], Status | None]
+"""Returns the status to stop with, or None to go on."""
+
+
+@dataclass(frozen=True)
+class RelativeProgress:
+    """Martens' rule: stops when the last k steps hardly improved the quadratic model.
+
+    With k = max(min_steps, ⌈fraction · i⌉), stops after step i when
+
+        i > k,   mᵢ < 0   and   (mᵢ − mᵢ₋ₖ) / mᵢ < rtol · k.
+
+    The factor k makes ``rtol`` the progress expected *of one step*.
+
+    Args:
+        rtol: Least relative improvement of the model per step.
+        min_steps: The shortest window, in steps.
+        fraction: The window as a fraction of the steps so far.
+
+    Raises:
+        ValueError: For ``rtol`` ≤ 0, ``min_steps`` < 1 or ``fraction`` < 0.
+
+    Source: Martens, Deep learning via Hessian-free optimization (ICML 2010), section 4.4.
+    """
+
+    rtol: float = 5e-4
+    min_steps: int = 10
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.rtol > 0:
+            raise ValueError(f"RelativeProgress needs rtol > 0, got {self.rtol}.")
+        if self.min_steps < 1:
+            raise ValueError(f"RelativeProgress needs min_steps ≥ 1, got {self.min_steps}.")
+        if not self.fraction >= 0:
+            raise ValueError(f"RelativeProgress needs fraction ≥ 0, got {self.fraction}.")
+
+    def __call__(self, progress: Progress) -> Status | None:
+        """SMALL_PROGRESS when the inequality above holds."""
+        step, values = progress.num_steps, progress.model_values
+        window = max(self.min_steps, math.ceil(self.fraction * step))
+        if step <= window or not values[step] < 0:
+            return None
+        gained = (values[step] - values[step - window]) / values[step]
+        return Status.SMALL_PROGRESS if gained < self.rtol * window else None
+
+
+@dataclass(frozen=True)
+class ResidualNorm:
+    """Stops when ‖b − A x‖ ≤ max(rtol · ‖b‖, atol): a forcing term for inexact Newton steps.
+
+    Args:
+        rtol: Tolerance relative to ‖b‖, e.g. min(½, √‖g‖) for superlinear convergence.
+        atol: Absolute tolerance, in the units of b.
+
+    Raises:
+        ValueError: For a negative tolerance.
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), section 7.1.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.rtol >= 0 and self.atol >= 0):
+            raise ValueError(
+                f"ResidualNorm needs tolerances ≥ 0, got rtol={self.rtol}, atol={self.atol}."
+            )
+
+    def __call__(self, progress: Progress) -> Status | None:
+        """CONVERGED when the residual is within the tolerance."""
+        tolerance = max(self.rtol * progress.rhs_norm, self.atol)
+        return Status.CONVERGED if progress.residual_norm <= tolerance else None
+
+
+@dataclass(frozen=True)
+class FirstOf:
+    """Stops when the first of several rules says so.
+
+    Examples:
+        >>> rule = FirstOf((ResidualNorm(rtol=0.1), RelativeProgress()))
+        >>> rule(Progress(1, residual_norm=0.01, rhs_norm=1.0, model_values=(0.0, -1.0))).name
+        'CONVERGED'
+    """
+
+    rules: tuple[StoppingRule, ...]
+
+    def __call__(self, progress: Progress) -> Status | None:
+        """The first rule's status that is not None."""
+        return next((s for rule in self.rules if (s := rule(progress)) is not None), None)
