@@ -69,6 +69,7 @@ class ClosureOracle:
         params: the parameters to differentiate by, all requiring gradients.
         engine: "auto", "dual", "graph", "finite_difference", or an `EngineChoice`, which
             remembers from one oracle to the next what a model supports.
+        leave_no_trace: also removes the traces of the first run, so that the oracle only looks.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -89,8 +90,10 @@ class ClosureOracle:
         params: Sequence[Tensor],
         *,
         engine: EngineName | EngineChoice = "auto",
+        leave_no_trace: bool = False,
     ) -> None:
         self._closure = closure
+        self._leave_no_trace = leave_no_trace
         self.params = list(params)
         self._choice = engine if isinstance(engine, EngineChoice) else EngineChoice(engine)
         self._world: World | None = None
@@ -120,10 +123,11 @@ class ClosureOracle:
         """
         engine = self._engine("many products", curvature)
         self._trace = engine.trace(self._runner(), curvature)
+        batch_grad = self._scaled(self._trace.batch_grad)
         return Linearization(
             loss=self._scaled([self._trace.loss])[0],
-            grad=self._grads(),
-            batch_grad=self._scaled(self._trace.batch_grad),
+            grad=batch_grad if self._leave_no_trace else self._grads(),
+            batch_grad=batch_grad,
             product=self._product,
             has_remainder=self._trace.has_remainder,
         )
@@ -204,7 +208,8 @@ class ClosureOracle:
     ) -> None:
         if self._world is None:
             raise RuntimeError("Use a ClosureOracle as a context manager: with ClosureOracle(...).")
-        world = self._world.first_run() if first else self._world.further_run()
+        counts = first and not self._leave_no_trace
+        world = self._world.first_run() if counts else self._world.further_run()
         stop_after = None if first else self._num_backwards
         seen = Interception(self._checked(on_backward), split=split, stop_after=stop_after)
         self.num_runs += 1

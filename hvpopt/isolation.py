@@ -38,6 +38,7 @@ class _ModuleState:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         buffers, attributes = module._buffers, vars(module)
         names = [(buffers, name) for name, buffer in buffers.items() if buffer is not None]
         if not type(module).__module__.startswith("torch."):
@@ -112,7 +113,8 @@ class World:
     def __init__(self, closure: Callable[[], object], params: Sequence[Tensor]) -> None:
         self._params = list(params)
         self._devices = list({p.device for p in params})
-        self._before: dict[nn.Module, _ModuleState] = {}
+        # by identity: a torchmetrics metric hashes its state
+        self._before: dict[int, _ModuleState] = {}
         self._random_before = _RandomState(self._devices)
         for module in find_modules(closure):
             self._meet(module)
@@ -120,14 +122,14 @@ class World:
     @property
     def modules(self) -> list[nn.Module]:
         """The modules found so far, each with its submodules."""
-        return list(self._before)
+        return [state.module for state in self._before.values()]
 
     def _meet(self, module: nn.Module) -> list[nn.Module]:
         """Remembers how a module and its submodules stand; returns those that are new."""
-        if module in self._before:
+        if id(module) in self._before:
             return []
-        new = [part for part in module.modules() if part not in self._before]
-        self._before.update((part, _ModuleState(part)) for part in new)
+        new = [part for part in module.modules() if id(part) not in self._before]
+        self._before.update((id(part), _ModuleState(part)) for part in new)
         return new
 
     @contextmanager
@@ -139,15 +141,16 @@ class World:
     @contextmanager
     def further_run(self) -> Iterator[None]:
         """A run that starts where the first one started, and whose traces are removed."""
-        held = [p for module in self._before for p in module._parameters.values()]
+        held = [p for module in self.modules for p in module._parameters.values()]
         grads = {p: p.grad for p in (*self._params, *held) if p is not None}
         with ExitStack() as stack:
             stack.callback(_put_back, grads)
             stack.callback(_RandomState(self._devices).restore)
 
             def isolate(module: nn.Module) -> None:
-                stack.callback(self._before[module].stand_in())
-                stack.enter_context(_silence(module))
+                stack.callback(self._before[id(module)].stand_in())
+                if _trainer(module) is not None:
+                    stack.enter_context(_silence(module))
 
             def meet(module: nn.Module) -> None:
                 for part in self._meet(module):
@@ -156,7 +159,7 @@ class World:
             self._random_before.restore()
             for p in grads:
                 p.grad = None
-            for module in list(self._before):
+            for module in self.modules:
                 isolate(module)
             with _before_each_call(meet):
                 yield
@@ -164,7 +167,7 @@ class World:
     @property
     def accumulation(self) -> int:
         """Over how many micro-batches a Lightning trainer divides the loss (else 1)."""
-        counts = (getattr(t, "accumulate_grad_batches", 1) for t in map(_trainer, self._before))
+        counts = (getattr(t, "accumulate_grad_batches", 1) for t in map(_trainer, self.modules))
         return max(counts, default=1)
 
 
@@ -200,7 +203,7 @@ def _trainer(module: nn.Module) -> Any:
 def _silence(module: nn.Module) -> Iterator[None]:
     """While active, a LightningModule logs nothing and its trainer calls nobody back."""
     trainer = _trainer(module)
-    if trainer is None or not hasattr(trainer, "loggers") or "log" in vars(module):
+    if not hasattr(trainer, "loggers") or "log" in vars(module):
         yield
         return
     loggers, callbacks = trainer.loggers, trainer.callbacks

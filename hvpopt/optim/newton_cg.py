@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hvpopt import trees
 from hvpopt.closure import ClosureOracle
@@ -35,6 +35,8 @@ class NewtonCGReport(StepReport):
         update_norm: ‖θ_new − θ‖.
     """
 
+    progress_fields: ClassVar[tuple[str, ...]] = ("damping", "cg_steps")
+
     objective: float = math.nan
     objective_after: float = math.nan
     damping: float = math.nan
@@ -61,7 +63,8 @@ class NewtonCG(ClosureOptimizer):
     Where ``p.grad`` is not the gradient of the loss that the closure computes (accumulated
     micro-batches, clipping), F is that loss plus the linear term that gives it the gradient
     ``p.grad``: curvature and line search use the last micro-batch, the gradient uses all of them
-    (the surrogate of Shamir, Srebro and Zhang 2014, equation 3).
+    (the surrogate of Shamir, Srebro and Zhang 2014, equation 3). A model's agreement with a part
+    of the data says little of the rest: λ then never falls below its initial value.
 
     Args:
         params: parameters, named parameters, or groups; ``lr``, ``damping`` and ``weight_decay``
@@ -142,6 +145,12 @@ class NewtonCG(ClosureOptimizer):
             params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; raises as `ClosureOptimizer.add_param_group` does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("initial_damping", group["damping"])
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_range("lr", group["lr"], 0.0)
         check_range("damping", group["damping"], 0.0)
@@ -186,8 +195,9 @@ class NewtonCG(ClosureOptimizer):
             else reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
         )
         for group in self.param_groups:
+            floor = group["initial_damping"] if objective.is_tilted else 1e-12
             group["damping"] = levenberg_marquardt(
-                group["damping"], ratio, factor=self._damping_factor
+                group["damping"], ratio, factor=self._damping_factor, bounds=(floor, 1e12)
             )
         for p, d in zip(params, solution.value, strict=True):
             self.state[p]["direction"] = d

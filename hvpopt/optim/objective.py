@@ -46,6 +46,11 @@ class Objective:
         self.value = float(point.loss) + self._penalty()
         self.noise = 4 * torch.finfo(point.loss.dtype).eps * abs(self.value)
 
+    @property
+    def is_tilted(self) -> bool:
+        """Whether t is not zero."""
+        return self._tilt is not None
+
     def _penalty(self) -> float:
         if not any(self._decay):
             return 0.0

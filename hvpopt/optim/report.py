@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 
 class Outcome(Enum):
@@ -42,6 +43,9 @@ class StepReport:
         num_closure_runs: how often the closure ran, evaluations included.
         num_products: how many curvature products were computed.
     """
+
+    progress_fields: ClassVar[tuple[str, ...]] = ()
+    """The figures that belong in a progress bar."""
 
     outcome: Outcome
     loss: float

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class SMDReport(StepReport):
         trace_curvature: vᵀC v / ‖v‖² at the step's beginning.
         overshoot: dᵀC d / dᵀg for the step d, where the guard is on; above 1 the step was cut.
     """
+
+    progress_fields: ClassVar[tuple[str, ...]] = ("log_gain_mean",)
 
     log_gain_min: float = float("nan")
     log_gain_mean: float = float("nan")
