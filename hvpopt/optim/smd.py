@@ -1,6 +1,7 @@
 """Stochastic meta-descent: a gain for each weight, learned through Hessian-vector products."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -115,7 +116,7 @@ class SMD(ClosureOptimizer):
         overshoot_guard: bool = True,
         gain: Gain = "parameter",
         rho: float = 0.5,
-        gain_bounds: tuple[float, float] = (1e-3, 1e3),
+        gain_bounds: Sequence[float] = (1e-3, 1e3),
         beta: float = 0.99,
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
@@ -126,6 +127,8 @@ class SMD(ClosureOptimizer):
             raise ValueError(f"normalization={normalization!r} is unknown: choose 'rms' or None.")
         if gain not in get_args(Gain):
             raise ValueError(f"gain={gain!r} is unknown: choose one of {get_args(Gain)}.")
+        if not isinstance(gain_bounds, Sequence) or len(gain_bounds) != 2:
+            raise ValueError(f"gain_bounds={gain_bounds!r}: expected two numbers, (low, high).")
         low, high = gain_bounds
         if not 0 < low <= 1 <= high:
             raise ValueError(f"gain_bounds={gain_bounds!r}: expected 0 < low <= 1 <= high.")
@@ -165,7 +168,7 @@ class SMD(ClosureOptimizer):
         curved = _plus_decay(curved, decay, v)
 
         gains, squares, floored = self._adapted_gains(params, v, grad)
-        steps = self._times_lr(gains)
+        applied, steps = gains, self._times_lr(gains)
         numbers = {}
         if self._guard:
             d = list(torch._foreach_mul(steps, grad))
@@ -174,8 +177,8 @@ class SMD(ClosureOptimizer):
             if math.isnan(q):
                 return self._report(oracle, Outcome.NONFINITE_PRODUCT, loss)
             if q > 1:
-                steps = trees.scale(steps, 1 / q)
-                gains = [(gain / q).clamp_(*self._rule.bounds) for gain in gains]
+                applied, steps = trees.scale(gains, 1 / q), trees.scale(steps, 1 / q)
+                gains = [gain.clamp(*self._rule.bounds) for gain in applied]
             numbers["overshoot"] = q
 
         lam = self._per_parameter("lam")
@@ -184,7 +187,8 @@ class SMD(ClosureOptimizer):
             for lam_i, v_i, step, g, c in zip(lam, v, steps, grad, curved, strict=True)
         ]
         numbers |= figures(self._rule, gains, floored, (v, curved), (traces, grad))
-        torch._foreach_sub_(params, torch._foreach_mul(steps, grad))
+        for p, gain, g, lr in zip(params, applied, grad, self._per_parameter("lr"), strict=True):
+            p.add_(gain * g, alpha=-lr)  # in this order: without meta-learning, SGD to the bit
         for p, gain, square, trace in zip(params, gains, squares, traces, strict=True):
             self.state[p].update(gain=gain, square=square, trace=trace)
         for group in self.param_groups:
@@ -256,4 +260,6 @@ def _failure(loss: Tensor, grad: TensorList, curved: TensorList) -> Outcome | No
 
 
 def _plus_decay(xs: TensorList, decay: list[float], ys: TensorList) -> TensorList:
-    return trees.add(xs, trees.scale_each(decay, ys)) if any(decay) else xs
+    if not any(decay):
+        return xs
+    return [x.add(y, alpha=w) for x, w, y in zip(xs, decay, ys, strict=True)]
