@@ -3,8 +3,8 @@
 Importing this imports torch alone; Lightning and Hydra load where they are used.
 """
 
-from hvpopt.closure import ClosureOracle, Linearization
+from hvpopt.closure import ClosureOracle, LinearizedClosure
 from hvpopt.optim.newton_cg import NewtonCG, NewtonCGReport
 from hvpopt.optim.smd import SMD, SMDReport
 
-__all__ = ["SMD", "ClosureOracle", "Linearization", "NewtonCG", "NewtonCGReport", "SMDReport"]
+__all__ = ["SMD", "ClosureOracle", "LinearizedClosure", "NewtonCG", "NewtonCGReport", "SMDReport"]

@@ -35,7 +35,7 @@ class NoBackwardError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Linearization:
+class LinearizedClosure:
     """A closure's loss at the current parameters, its gradient, and its curvature.
 
     All are in the loss's own scale: of its mean over the batch where the loss is a mean. Under
@@ -113,7 +113,7 @@ class ClosureOracle:
     def __exit__(self, *exc: object) -> None:
         self._world = self._trace = None
 
-    def trace(self, curvature: Curvature = "hessian") -> Linearization:
+    def trace(self, curvature: Curvature = "hessian") -> LinearizedClosure:
         """The loss, its gradient, and the operator of the Hessian or GGN, for many products.
 
         Raises:
@@ -124,7 +124,7 @@ class ClosureOracle:
         engine = self._engine("many products", curvature)
         self._trace = engine.trace(self._runner(), curvature)
         batch_grad = self._scaled(self._trace.batch_grad)
-        return Linearization(
+        return LinearizedClosure(
             loss=self._scaled([self._trace.loss])[0],
             grad=batch_grad if self._leave_no_trace else self._grads(),
             batch_grad=batch_grad,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from hvpopt.discovery import find_modules
 
@@ -151,6 +152,8 @@ class World:
                 stack.callback(self._before[id(module)].stand_in())
                 if _trainer(module) is not None:
                     stack.enter_context(_silence(module))
+                if isinstance(module, DistributedDataParallel):
+                    stack.enter_context(module.no_sync())  # its gradients are thrown away
 
             def meet(module: nn.Module) -> None:
                 for part in self._meet(module):

@@ -1,11 +1,11 @@
 """The ranks that train one module together, and averages over them."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hvpopt.trees import TensorList
 
@@ -37,9 +37,8 @@ class Ranks:
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._group: Any = None
         self._size = 1
-        parallel: Any = sys.modules.get("torch.nn.parallel.distributed")
         for module in modules:
-            if parallel is not None and isinstance(module, parallel.DistributedDataParallel):
+            if isinstance(module, DistributedDataParallel):
                 self._group = module.process_group
                 self._size = torch.distributed.get_world_size(self._group)
 

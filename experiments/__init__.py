@@ -1,0 +1,1 @@
+"""Experiments: one folder each, with its claim, its command and the number to expect."""

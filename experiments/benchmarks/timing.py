@@ -1,0 +1,104 @@
+"""Times and peak memories that can be compared with each other."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one task in each round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.seconds)
+
+    def ratios_to(self, other: "Times") -> tuple[float, float, float]:
+        """(median, least, largest) over the rounds of this time over the other's."""
+        ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def interleaved_times(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    warmup: int = 1,
+) -> dict[str, Times]:
+    """The times of several tasks, taken in turns.
+
+    Each round runs every task once, so that a machine that slows down slows all of them, and
+    ratios within a round compare like with like. On CUDA the device is waited for before and
+    after each task.
+
+    Args:
+        tasks: What to run, by name.
+        repeats: Rounds that count.
+        device: Where the tasks run.
+        warmup: Rounds before that do not count.
+
+    Raises:
+        ValueError: For ``repeats`` < 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"interleaved_times needs repeats ≥ 1, got {repeats}.")
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_ in range(-warmup, repeats):
+        for name, task in tasks.items():
+            _wait(device)
+            start = time.perf_counter()
+            task()
+            _wait(device)
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def peak_bytes(task: Callable[[], object], device: torch.device) -> int:
+    """The most memory that torch's allocator held during ``task``, above what it held before.
+
+    On CUDA it is the caching allocator's own statistic. On the CPU, where there is none, it is
+    the highest running sum of the allocations and releases that the profiler records, one by
+    one, in the order in which they happened. The process's resident size would be coarser: it
+    contains what malloc keeps and depends on what ran before. Neither sees memory that a
+    library such as oneDNN takes past torch's allocator. What the task releases of earlier
+    allocations does not count.
+    """
+    gc.collect()  # so that nothing older is released meanwhile
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else its start and stop go to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        task()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    records = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    held = highest = 0
+    for _, size in records:
+        held += size
+        highest = max(highest, held)
+    return highest
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,99 @@
+"""Checks on pytrees of tensors, with errors that name the leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+"""A tensor, or nested dicts, lists and tuples of tensors."""
+
+
+def check_params(tree: Any, what: str) -> None:
+    """Lets real floating-point tensors pass.
+
+    Raises:
+        ValueError: If there is no tensor.
+        TypeError: If a leaf is not a tensor, or its dtype is an integer's or complex.
+    """
+    leaves = pytree.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{what} hold no tensor; expected a pytree of tensors.")
+    for path, leaf in leaves:
+        name = what + pytree.keystr(path)
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name} is a {type(leaf).__name__}; expected a tensor.")
+        if leaf.is_complex():
+            raise TypeError(
+                f"{name} is complex ({leaf.dtype}); expected real floating point: pass "
+                "torch.view_as_real of it and let f put it together."
+            )
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"{name} is {leaf.dtype}; expected real floating point: pass what is not "
+                "differentiated among *args."
+            )
+
+
+def check_like(tree: Any, like: Any, what: str, what_like: str) -> None:
+    """Lets a tree pass that has the structure, shapes, dtypes and devices of ``like``.
+
+    Raises:
+        ValueError: If it differs, naming the first leaf that does.
+    """
+    leaves, expected = pytree.tree_leaves_with_path(tree), pytree.tree_leaves_with_path(like)
+    if pytree.tree_structure(tree) != pytree.tree_structure(like):
+        raise ValueError(
+            f"{what} has the leaves {_names(leaves)}, but {what_like} {_names(expected)}; "
+            "expected the same structure."
+        )
+    for (path, x), (_, y) in zip(leaves, expected, strict=True):
+        name = what + pytree.keystr(path)
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor.")
+        for kind in ("shape", "dtype", "device"):
+            given, wanted = getattr(x, kind), getattr(y, kind)
+            if given != wanted:
+                raise ValueError(
+                    f"{name} has {kind} {_shown(given)}; expected {_shown(wanted)} as in "
+                    f"{what_like}."
+                )
+
+
+def scalar_valued(f: Callable[..., Any], what: str) -> Callable[..., Tensor]:
+    """``f`` with its value checked to be a real floating-point tensor without dimensions.
+
+    The function returned raises:
+        TypeError: If the value is not such a tensor.
+        ValueError: If it has dimensions.
+    """
+
+    def checked(*args: Any) -> Tensor:
+        value = f(*args)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} returned a {type(value).__name__}; expected a scalar tensor.")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{what} returned a tensor of dtype {value.dtype}; expected a real "
+                "floating-point scalar."
+            )
+        if value.dim() != 0:
+            raise ValueError(
+                f"{what} returned a tensor of shape {tuple(value.shape)}; expected a scalar: "
+                "reduce it with mean() or sum()."
+            )
+        return value
+
+    return checked
+
+
+def _names(leaves: list[tuple[Any, Any]]) -> str:
+    """The leaves' places, as one sees them in an error."""
+    shown = [pytree.keystr(path) or "(itself)" for path, _ in leaves]
+    return "[" + ", ".join(shown[:8]) + (", …]" if len(shown) > 8 else "]")
+
+
+def _shown(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
