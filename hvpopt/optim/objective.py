@@ -3,7 +3,7 @@
 import torch
 
 from hvpopt import trees
-from hvpopt.closure import ClosureOracle, Linearization
+from hvpopt.closure import ClosureOracle, LinearizedClosure
 from hvpopt.trees import TensorList
 
 
@@ -31,7 +31,7 @@ class Objective:
     def __init__(
         self,
         oracle: ClosureOracle,
-        point: Linearization,
+        point: LinearizedClosure,
         params: TensorList,
         start: TensorList,
         decay: list[float],
