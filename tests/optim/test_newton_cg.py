@@ -241,9 +241,7 @@ def test_what_is_not_finite_moves_nothing_and_ends_in_an_error(where):
         optimizer.step(closure)
         assert optimizer.last_report.outcome is outcome
         assert torch.equal(w, before)
-    with pytest.raises(
-        FloatingPointError, match=r"3 steps of NewtonCG in a row failed\."
-    ):
+    with pytest.raises(FloatingPointError, match=r"3 steps of NewtonCG in a row failed\."):
         optimizer.step(closure)
     assert torch.equal(w, before)
 

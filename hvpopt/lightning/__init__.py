@@ -1,0 +1,1 @@
+"""Lightning's side of hvpopt: callbacks, data modules, modules and the task `train`."""
