@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from hvpopt import trees
 from hvpopt.engines import support
@@ -193,7 +194,8 @@ class ClosureOracle:
             finally:
                 self._probing = False
 
-        return self._choice(use, curvature, probe)
+        convolves = any(isinstance(m, _ConvNd) for m in self.modules)
+        return self._choice(use, curvature, probe, convolves=convolves)
 
     def _runner(self) -> "_Runner":
         return _Runner(self)
@@ -244,6 +246,10 @@ class _Runner:
         self._first = not oracle._probing and oracle._num_backwards is None
         self.params = oracle.params
         self.average = oracle.average
+
+    @property
+    def size(self) -> int:
+        return self._oracle._ranks.size
 
     def __call__(
         self,

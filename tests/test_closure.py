@@ -365,3 +365,23 @@ def test_bf16_autocast_products_are_within_its_precision():
             product = flat(oracle.trace().product(task.tangent()))
         assert product.dtype == torch.float32
         assert (product - exact).norm() < 0.03 * exact.norm()
+
+
+def test_the_ggn_of_convolutions_goes_forward(caplog):
+    caplog.set_level("INFO", "hvpopt")
+    task = problem("batchnorm")
+    with ClosureOracle(task.closure(), task.params) as oracle:
+        product = oracle.trace("ggn").product(task.tangent())
+    torch.testing.assert_close(flat(product), task.dense_ggn() @ flat(task.tangent()))
+    assert "ggn by engine dual (best for many products with convolutions)" in caplog.text
+
+
+def test_tangents_leave_the_graphs_of_others_valid():
+    task = problem("mlp")
+    v = task.tangent()
+    loss = task.loss(task.net(task.x))
+    grads = torch.autograd.grad(loss, task.params, create_graph=True)
+    with ClosureOracle(task.closure(), task.params, engine="dual") as oracle:
+        oracle.trace_along(v, "ggn")
+    product = torch.autograd.grad(grads, task.params, v)
+    torch.testing.assert_close(flat(product), task.dense_hessian() @ flat(v))

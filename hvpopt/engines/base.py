@@ -18,6 +18,11 @@ class Runner(Protocol):
 
     params: TensorList
 
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        ...
+
     def __call__(
         self,
         on_backward: Backward,

@@ -16,7 +16,9 @@ EngineName = Literal["auto", "dual", "graph", "finite_difference"]
 Use = Literal["one product", "many products"]
 
 
-def _candidates(requested: EngineName, use: Use, curvature: Curvature) -> list[Engine]:
+def _candidates(
+    requested: EngineName, use: Use, curvature: Curvature, *, convolves: bool
+) -> list[Engine]:
     dual: list[Engine] = [DualEngine()]
     if curvature == "hessian":
         dual.append(DualEngine(thorough=True))
@@ -26,7 +28,10 @@ def _candidates(requested: EngineName, use: Use, curvature: Curvature) -> list[E
         return [GraphEngine()]
     if requested == "finite_difference":
         return [FiniteDifferenceEngine()]
-    exact = [*dual, GraphEngine()] if use == "one product" else [GraphEngine(), *dual]
+    if use == "one product" or (curvature == "ggn" and convolves):
+        exact = [*dual, GraphEngine()]
+    else:
+        exact = [GraphEngine(), *dual]
     return [*exact, FiniteDifferenceEngine()] if curvature == "hessian" else exact
 
 
@@ -36,8 +41,9 @@ class EngineChoice:
     Args:
         requested: an engine's name, or "auto". One product a step is the dual engine's (three
             gradients in one run), many products at one point the graph engine's (two gradients
-            each, nothing recomputed); what these cannot differentiate falls to the next in line,
-            finite differences last.
+            each, nothing recomputed). The GGN of convolutions is always the dual engine's: their
+            forward mode costs less than the double-backward substitute, and a forward pass. What
+            these cannot differentiate falls to the next in line, finite differences last.
 
     Raises:
         ValueError: for an unknown name.
@@ -52,15 +58,24 @@ class EngineChoice:
         self.requested = requested
         self._chosen: dict[tuple[Use, Curvature], Engine] = {}
 
-    def __call__(self, use: Use, curvature: Curvature, probe: Callable[[Engine], None]) -> Engine:
+    def __call__(
+        self,
+        use: Use,
+        curvature: Curvature,
+        probe: Callable[[Engine], None],
+        *,
+        convolves: bool = False,
+    ) -> Engine:
         """The engine for this use; ``probe`` tries a candidate and raises where it fails."""
         key = (use, curvature)
         if key not in self._chosen:
-            self._chosen[key] = self._find(use, curvature, probe)
+            self._chosen[key] = self._find(probe, use, curvature, convolves)
         return self._chosen[key]
 
-    def _find(self, use: Use, curvature: Curvature, probe: Callable[[Engine], None]) -> Engine:
-        candidates = _candidates(self.requested, use, curvature)
+    def _find(
+        self, probe: Callable[[Engine], None], use: Use, curvature: Curvature, convolves: bool
+    ) -> Engine:
+        candidates = _candidates(self.requested, use, curvature, convolves=convolves)
         failures: dict[str, Exception] = {}
         for engine in candidates:
             if len(candidates) > 1:
@@ -70,6 +85,8 @@ class EngineChoice:
                     failures[engine.name] = error
                     continue
             why = f"asked for, for {use}" if self.requested != "auto" else f"best for {use}"
+            if self.requested == "auto" and convolves and curvature == "ggn":
+                why += " with convolutions"
             if failures:
                 why = "; ".join(f"{name} failed: {_line(e)}" for name, e in failures.items())
             logger.info("Products of the %s by engine %s (%s).", curvature, engine.name, why)

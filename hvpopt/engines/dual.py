@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
 from hvpopt.engines.graph import GraphRecorder
@@ -42,7 +43,8 @@ class DualLevel:
     def __enter__(self) -> "DualLevel":
         self._level = forward_ad.enter_dual_level()
         try:
-            with torch.no_grad():
+            # The values do not change: graphs that were recorded from them stay valid.
+            with torch.no_grad(), _unsafe_preserve_version_counter(tuple(self._params)):
                 for p, t in zip(self._params, self._tangents, strict=True):
                     p.copy_(forward_ad.make_dual(p.detach().clone(), t))
         except BaseException:
@@ -203,13 +205,34 @@ class DualEngine:
         self.name = "dual (thorough)" if thorough else "dual"
 
     def trace(self, run: Runner, curvature: Curvature) -> Trace:
-        """Loss and gradient from one run; each product is one more run of the closure."""
-        recorder = GraphRecorder(run.params, run.average, create_graph=False)
+        """Loss and gradient from one run; each product is one more run of the closure.
+
+        For the GGN that run is the forward half: it yields J v, and Jᵀ is the retained graph's.
+        """
+        if curvature == "ggn":
+            return self._trace_gauss_newton(run)
+        recorder = GraphRecorder(run, create_graph=False)
         run(recorder)
         return Trace(
             loss=torch.stack(recorder.losses).sum(),
             batch_grad=fill(recorder.grads, run.params),
             product=lambda v: self.trace_along(run, v, curvature)[1],
+        )
+
+    def _trace_gauss_newton(self, run: Runner) -> Trace:
+        def tangents(v: TensorList) -> list[Tensor | None]:
+            split = DualSplit()
+            run(lambda loss, plain, /, **_: None, split=split, around=DualLevel(run.params, v))
+            return split.tangents
+
+        split = LossSplit()
+        recorder = GraphRecorder(run, split, tangents=tangents)
+        run(recorder, split=split)
+        return Trace(
+            loss=torch.stack(recorder.losses).sum(),
+            batch_grad=fill(recorder.grads, run.params),
+            product=recorder.product,
+            has_remainder=recorder.has_remainder,
         )
 
     def trace_along(

@@ -16,31 +16,33 @@ from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
 from hvpopt.engines.split import NO_SPLIT, Curvature, LossSplit, SplitNotFoundError
 from hvpopt.trees import TensorList
 
-Piece = Callable[[TensorList], Sequence[Tensor | None]]
+Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
 
 
 class GraphRecorder:
     """Linearises the closure's loss at each of its ``backward`` calls.
 
     Args:
-        params: the optimizer's parameters.
-        average: the mean over ranks; no reducer sees gradients that ``autograd.grad`` computes.
+        run: whose parameters; no reducer sees gradients that ``autograd.grad`` computes, so that
+            they are averaged over the ranks here.
         split: where given, products are the GGN's, else the Hessian's.
         create_graph: False for the gradient alone, without products.
+        tangents: v ↦ J v at every cut of the split, by other means than the graph.
     """
 
     def __init__(
         self,
-        params: Sequence[Tensor],
-        average: Callable[[Sequence[Tensor]], TensorList],
+        run: Runner,
         split: LossSplit | None = None,
         *,
         create_graph: bool = True,
+        tangents: Callable[[TensorList], Sequence[Tensor | None]] | None = None,
     ) -> None:
-        self._params = list(params)
-        self._average = average
+        self._run = run
+        self._params = run.params
         self._split = split
         self._create_graph = create_graph
+        self._tangents = tangents
         self._pieces: list[Piece] = []
         self.losses: list[Tensor] = []
         self.grads: list[Tensor | None] = [None] * len(self._params)
@@ -61,7 +63,7 @@ class GraphRecorder:
                 )
                 if self._create_graph:
                     self.roots += grads
-                    self._pieces.append(lambda v: vjp(grads, self._params, v))
+                    self._pieces.append(lambda v, _: vjp(grads, self._params, v))
             else:
                 grads = self._gauss_newton(loss, self._split)
         self.losses.append(loss.detach())
@@ -84,12 +86,13 @@ class GraphRecorder:
         self.has_remainder |= any(r is not None for r in rest)
 
         cotangents = [s.detach().requires_grad_() for s in slopes if s is not None]
-        pulled = vjp(outputs, params, cotangents, create_graph=True)
+        pulled = vjp(outputs, params, cotangents, create_graph=self._tangents is None)
         self.roots += [*pulled, *slopes, *rest]
 
-        def product(v: TensorList) -> list[Tensor | None]:
-            tangents = vjp(pulled, cotangents, v)  # J v
-            curved = vjp(slopes, leaves, tangents)  # ∇²ℓ J v
+        # v ↦ J v, ∇²ℓ (J v), Jᵀ(∇²ℓ J v)
+        def product(v: TensorList, tangents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
+            along = vjp(pulled, cotangents, v) if tangents is None else [tangents[i] for i in used]
+            curved = vjp(slopes, leaves, along)
             inner = vjp(outputs, params, curved)
             outer_rest = vjp(rest, params, v)
             return [_plus(a, b) for a, b in zip(inner, outer_rest, strict=True)]
@@ -105,16 +108,18 @@ class GraphRecorder:
                 p, kept = self._params[i], self.grads[i]
                 self.grads[i] = g.clone() if kept is None else kept + g
                 p.grad = g.clone() if p.grad is None else p.grad.add_(g)
-        if any(g.layout != torch.strided for _, g in found):
-            return  # named and refused by the optimizer
-        params = [p for p in self._params if p.grad is not None]
-        for p, mean in zip(params, self._average([_grad(p) for p in params]), strict=True):
+        sparse = any(g.layout != torch.strided for _, g in found)  # the optimizer refuses these
+        if self._run.size == 1 or sparse:
+            return
+        means = self._run.average(fill([p.grad for p in self._params], self._params))
+        for p, mean in zip(self._params, means, strict=True):
             p.grad = mean
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian or GGN of the summed losses times ``v``."""
         with torch.enable_grad():
-            parts = [fill(piece(v), self._params) for piece in self._pieces]
+            tangents = self._tangents(v) if self._tangents else None
+            parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
         total = parts[0]
         for part in parts[1:]:
             torch._foreach_add_(total, part)
@@ -125,11 +130,6 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None  # the caller chose those that have one
-    return p.grad
 
 
 def _check_twice_differentiable(roots: Sequence[Tensor | None]) -> None:
@@ -166,7 +166,7 @@ class GraphEngine:
                 (looked for in the first trace): torch would take its gradient for constant.
         """
         split = LossSplit() if curvature == "ggn" else None
-        recorder = GraphRecorder(run.params, run.average, split)
+        recorder = GraphRecorder(run, split)
         run(recorder, split=split)
         if not self._is_checked:
             _check_twice_differentiable(recorder.roots)
