@@ -7,7 +7,6 @@ Lightning passes under automatic optimization.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from hvpopt.engines.interception import Backward, EndOfRun, Interception
 from hvpopt.engines.ranks import Ranks, check_not_sharded
 from hvpopt.engines.split import Curvature, LossSplit
 from hvpopt.isolation import World
+from hvpopt.linearization import LinearizedClosure
 from hvpopt.trees import TensorList
 
 NO_BACKWARD = (
@@ -33,29 +33,6 @@ NO_BACKWARD = (
 
 class NoBackwardError(RuntimeError):
     """Raised where a closure returns a loss without having called ``backward``."""
-
-
-@dataclass(frozen=True)
-class LinearizedClosure:
-    """A closure's loss at the current parameters, its gradient, and its curvature.
-
-    All are in the loss's own scale: of its mean over the batch where the loss is a mean. Under
-    ``DistributedDataParallel`` they are means over the ranks.
-
-    Attributes:
-        loss: scalar; over micro-batches, the last one's.
-        grad: what the closure left in ``p.grad`` (zeros where it left None), one tensor a
-            parameter: summed over accumulated micro-batches, clipped where the closure clips.
-        batch_grad: the gradient of ``loss`` itself.
-        product: v ↦ C v, the Hessian's or GGN's product with a list of tensors.
-        has_remainder: whether a part of a GGN is the Hessian of a term outside the loss function.
-    """
-
-    loss: Tensor
-    grad: TensorList
-    batch_grad: TensorList
-    product: Callable[[TensorList], TensorList]
-    has_remainder: bool
 
 
 class ClosureOracle:
@@ -101,6 +78,7 @@ class ClosureOracle:
         self._ranks = Ranks()
         self._num_backwards: int | None = None
         self._probing = False
+        self._is_counting = False
         self._trace: Trace | None = None
         self.returned: Any = None
         self.num_runs = 0
@@ -176,7 +154,8 @@ class ClosureOracle:
         if self._trace is None:
             raise RuntimeError("The graph of this linearization was released with its oracle.")
         self.num_products += 1
-        return self._scaled(self._trace.product(v))
+        with support.differentiable_kernels(), support.without_hooks(self.params):
+            return self._scaled(self._trace.product(v))
 
     def _engine(self, use: Use, curvature: Curvature) -> Engine:
         if curvature not in ("hessian", "ggn"):
@@ -195,7 +174,12 @@ class ClosureOracle:
                 self._probing = False
 
         convolves = any(isinstance(m, _ConvNd) for m in self.modules)
-        return self._choice(use, curvature, probe, convolves=convolves)
+        same = frozenset(map(id, self.params))
+        try:
+            return self._choice(use, curvature, probe, convolves=convolves, of=same)
+        except NoBackwardError:  # raised again by the run that counts, which sets `returned`
+            self._run(lambda loss, plain, /, **_: None, first=True)
+            raise
 
     def _runner(self) -> "_Runner":
         return _Runner(self)
@@ -215,12 +199,15 @@ class ClosureOracle:
         stop_after = None if first else self._num_backwards
         seen = Interception(self._checked(on_backward), split=split, stop_after=stop_after)
         self.num_runs += 1
-        with torch.enable_grad(), support.differentiable_kernels(), world:
-            try:
+        self._is_counting = counts
+        try:
+            with torch.enable_grad(), support.differentiable_kernels(), world:
                 with around or nullcontext(), seen:
                     returned = self._closure()
-            except EndOfRun:
-                returned = None
+        except EndOfRun:
+            returned = None
+        finally:
+            self._is_counting = False
         if first:
             self.returned = returned
         if seen.num_backwards == 0:
@@ -233,6 +220,9 @@ class ClosureOracle:
             if self._num_backwards is None:
                 check_not_sharded(self.modules)
                 self._ranks = Ranks(self.modules)
+            if not self._choice.has_checked_graph:
+                support.check_checkpointing(loss)
+                self._choice.has_checked_graph = True
             on_backward(loss, plain, **options)
 
         return handle
@@ -250,6 +240,10 @@ class _Runner:
     @property
     def size(self) -> int:
         return self._oracle._ranks.size
+
+    @property
+    def is_first(self) -> bool:
+        return self._oracle._is_counting
 
     def __call__(
         self,

@@ -7,9 +7,11 @@ generators stood before the first run, lets every further run start from there o
 removes its traces.
 """
 
+import copy
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,51 +22,71 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from hvpopt.discovery import find_modules
+from hvpopt.silence import silenced, trainer_of
 
-_INTERNALS = frozenset(vars(nn.Module()))
+# What nn.Module keeps for itself; parameters and submodules are no state of a run, buffers are.
+_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 
 def _copy(value: Any) -> Any:
-    """A copy that in-place changes of ``value`` do not reach."""
+    """A copy that changes of ``value``, or of what a container in it holds, do not reach."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if isinstance(value, (list, dict, set)) else value
+        return value if value.requires_grad else value.detach().clone()
+    if isinstance(value, (list, dict, set, deque)):
+        duplicate: Any = copy.copy(value)  # keeps the type: AttributeDict, defaultdict
+        if not isinstance(value, set):
+            for key, content in value.items() if isinstance(value, dict) else enumerate(value):
+                duplicate[key] = _copy(content)
+        return duplicate
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if type(value).__module__ == "numpy" and hasattr(value, "copy"):
+        return value.copy()
+    return copy.deepcopy(value) if type(value).__name__ in _NUMPY_GENERATORS else value
+
+
+_NUMPY_GENERATORS = ("Generator", "RandomState")
 
 
 class _ModuleState:
-    """Copies of a module's buffers and plain attributes, as they stood at one moment.
+    """A module's buffers and attributes as they stood at one moment.
 
     A further run works on copies that stand in for the module's own objects, which nobody
-    touches: a graph that was recorded from them stays valid.
+    touches: a graph that was recorded from them stays valid. What an attribute of another kind
+    (an object of the user's own) does to itself is out of sight.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        buffers, attributes = module._buffers, vars(module)
-        names = [(buffers, name) for name, buffer in buffers.items() if buffer is not None]
+        spaces: list[dict[str, Any]] = []
+        if isinstance(module._buffers, dict):  # else a scripted module
+            spaces.append(module._buffers)
         if not type(module).__module__.startswith("torch."):
-            names += [(attributes, name) for name in attributes if name not in _INTERNALS]
+            spaces.append(vars(module))
         self._copies = [
-            (space, name, _copy(space[name])) for space, name in names if _is_state(space[name])
+            (space, {name: _copy(value) for name, value in space.items() if name not in _INTERNALS})
+            for space in spaces
         ]
+        self._training = module.training
 
     def stand_in(self) -> Callable[[], None]:
         """Puts copies in the place of the module's objects; returns what undoes it."""
-        held = [(space, name, space.get(name)) for space, name, _ in self._copies]
-        for space, name, content in self._copies:
-            space[name] = _copy(content)
+        held = [(space, dict(space)) for space, _ in self._copies]
+        training = self.module.training
+        for space, contents in self._copies:
+            for name in [n for n in space if n not in contents and n not in _INTERNALS]:
+                del space[name]  # came into being in the first run
+            space.update((name, _copy(value)) for name, value in contents.items())
+        self.module.training = self._training
 
         def undo() -> None:
-            for space, name, value in held:
-                space[name] = value
+            for space, contents in held:
+                for name in [name for name in space if name not in contents]:
+                    del space[name]
+                space.update(contents)
+            self.module.training = training
 
         return undo
-
-
-def _is_state(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.requires_grad
-    return value is None or isinstance(value, (bool, int, float, str, tuple, list, dict, set))
 
 
 class _RandomState:
@@ -87,18 +109,6 @@ class _RandomState:
         random.setstate(self._python)
         if self._numpy_random is not None:
             self._numpy_random.set_state(self._numpy)
-
-
-class _Silent:
-    """Takes every attribute, call and item, and does nothing: a logger for repeated runs."""
-
-    def __getattr__(self, name: str) -> "_Silent":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: object, **kwargs: object) -> "_Silent":
-        return self
 
 
 class World:
@@ -150,8 +160,8 @@ class World:
 
             def isolate(module: nn.Module) -> None:
                 stack.callback(self._before[id(module)].stand_in())
-                if _trainer(module) is not None:
-                    stack.enter_context(_silence(module))
+                if trainer_of(module) is not None:
+                    stack.enter_context(silenced(module))
                 if isinstance(module, DistributedDataParallel):
                     stack.enter_context(module.no_sync())  # its gradients are thrown away
 
@@ -170,7 +180,7 @@ class World:
     @property
     def accumulation(self) -> int:
         """Over how many micro-batches a Lightning trainer divides the loss (else 1)."""
-        counts = (getattr(t, "accumulate_grad_batches", 1) for t in map(_trainer, self.modules))
+        counts = (getattr(t, "accumulate_grad_batches", 1) for t in map(trainer_of, self.modules))
         return max(counts, default=1)
 
 
@@ -196,24 +206,3 @@ def _before_each_call(meet: Callable[[nn.Module], object]) -> Iterator[None]:
             yield
     finally:
         handle.remove()
-
-
-def _trainer(module: nn.Module) -> Any:
-    return vars(module).get("_trainer")
-
-
-@contextmanager
-def _silence(module: nn.Module) -> Iterator[None]:
-    """While active, a LightningModule logs nothing and its trainer calls nobody back."""
-    trainer = _trainer(module)
-    if not hasattr(trainer, "loggers") or "log" in vars(module):
-        yield
-        return
-    loggers, callbacks = trainer.loggers, trainer.callbacks
-    vars(module).update(log=_Silent(), log_dict=_Silent())
-    trainer.loggers, trainer.callbacks = [_Silent()] if loggers else [], []
-    try:
-        yield
-    finally:
-        trainer.loggers, trainer.callbacks = loggers, callbacks
-        del vars(module)["log"], vars(module)["log_dict"]

@@ -1,4 +1,4 @@
-"""A function's second-order expansion at a point, for many Hessian products."""
+"""The second-order expansion of a function, or of a training closure, at a point."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvpopt.engines.unfused import twice_differentiable
+from hvpopt.engines.support import differentiable_kernels
 from hvpopt.pytrees import Tree, check_like, check_params, scalar_valued
+from hvpopt.trees import TensorList
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,29 @@ class Linearization:
             ValueError: If ``v`` does not match the parameters.
         """
         return self._product(v)
+
+
+@dataclass(frozen=True)
+class LinearizedClosure:
+    """A closure's loss at the current parameters, its gradient, and its curvature.
+
+    All are in the loss's own scale: of its mean over the batch where the loss is a mean. Under
+    ``DistributedDataParallel`` they are means over the ranks.
+
+    Attributes:
+        loss: scalar; over micro-batches, the last one's.
+        grad: what the closure left in ``p.grad`` (zeros where it left None), one tensor a
+            parameter: summed over accumulated micro-batches, clipped where the closure clips.
+        batch_grad: the gradient of ``loss`` itself.
+        product: v ↦ C v, the Hessian's or GGN's product with a list of tensors.
+        has_remainder: whether a part of a GGN is the Hessian of a term outside the loss function.
+    """
+
+    loss: Tensor
+    grad: TensorList
+    batch_grad: TensorList
+    product: Callable[[TensorList], TensorList]
+    has_remainder: bool
 
 
 def linearize(f: Callable[..., Tensor], params: Tree, *args: Any) -> Linearization:
@@ -64,7 +88,7 @@ def linearize(f: Callable[..., Tensor], params: Tree, *args: Any) -> Linearizati
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [_ordinary(p).detach().requires_grad_() for p in flat]
         args = pytree.tree_map_only(Tensor, _ordinary, args)
-        with twice_differentiable():
+        with differentiable_kernels():
             loss = scalar_valued(f, "f")(pytree.tree_unflatten(leaves, spec), *args)
         grads = _reverse([loss], leaves, None, create_graph=True)
     detached = [g.detach() for g in grads]

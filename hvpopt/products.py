@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpopt.engines.unfused import twice_differentiable
+from hvpopt.engines.support import differentiable_kernels
 from hvpopt.linearization import Linearization, linearize
 from hvpopt.pytrees import Tree, check_like, check_params, scalar_valued
 
@@ -51,7 +51,7 @@ def jvp(f: Callable[..., Tree], params: Tree, v: Tree, *args: Any) -> tuple[Tree
     """
     check_params(params, "params")
     check_like(v, params, "v", "params")
-    with twice_differentiable():
+    with differentiable_kernels():
         out, tangent = torch.func.jvp(lambda p: f(p, *args), (params,), (v,))[:2]
     return out, tangent
 
@@ -183,13 +183,13 @@ def ggnvp(
         check_params(z, "the model's output")
         return z, tangent
 
-    with twice_differentiable():
+    with differentiable_kernels():
         z, pullback, tangent = torch.func.vjp(pushed, params, has_aux=True)  # type: ignore[misc]
     curved = _grad_and_hvp(scalar_valued(loss, "loss"), z, tangent)[2]
     return pullback(curved)[0]
 
 
 def _grad_and_hvp(f: Callable[[Tree], Tensor], params: Tree, v: Tree) -> tuple[Tensor, Tree, Tree]:
-    with twice_differentiable():
+    with differentiable_kernels():
         (grad, loss), (hv, _) = torch.func.jvp(torch.func.grad_and_value(f), (params,), (v,))[:2]
     return loss, grad, hv

@@ -1,5 +1,6 @@
 """Two processes under DistributedDataParallel against one process on the joined batch."""
 
+import gc
 import os
 import socket
 
@@ -27,6 +28,8 @@ def _worker(rank, port, work, path):
     result = work(rank)
     if rank == 0:
         torch.save(result, path)
+    gc.collect()  # DDP's reducers go before the group whose threads they use
+    dist.barrier()
     dist.destroy_process_group()
 
 

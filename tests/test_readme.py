@@ -4,8 +4,13 @@ import re
 import shlex
 from pathlib import Path
 
+import lightning
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
+import hvpopt
 from hvpopt.cli.preflight import checked_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -41,35 +46,31 @@ def test_nothing_is_left_to_fill_in():
     assert [str(p) for p in READMES if "FILL" in p.read_text()] == []
 
 
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_newcomers_example_trains():
     text = (ROOT / "README.md").read_text()
     example = text.partition("class Net(lightning.LightningModule):")[2].partition("```")[0]
-    code = (
-        "import lightning, torch, hvpopt\nimport torch.nn.functional as F\n"
-        "class Net(lightning.LightningModule):" + example
-    )
-    namespace = {}
-    exec(code, namespace)
+    namespace = {"lightning": lightning, "F": F, "hvpopt": hvpopt}
+    exec("class Net(lightning.LightningModule):" + example, namespace)
 
     class Net(namespace["Net"]):
         def __init__(self):
             super().__init__()
-            self.layer = namespace["torch"].nn.Linear(4, 3)
+            self.layer = torch.nn.Linear(4, 3)
 
         def forward(self, x):
             return self.layer(x)
 
-    torch, lightning = namespace["torch"], namespace["lightning"]
     torch.manual_seed(0)
-    batch = torch.randn(20, 4), torch.randint(3, (20,))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
     net = Net()
-    loss = torch.no_grad()(
-        lambda: float(torch.nn.functional.cross_entropy(net(batch[0]), batch[1]))
-    )
-    before = loss()
+    with torch.no_grad():
+        before = float(F.cross_entropy(net(x), y))
     trainer = lightning.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(net, [batch])
-    assert loss() < before
+    trainer.fit(net, DataLoader(TensorDataset(x, y), batch_size=20))
+    with torch.no_grad():
+        assert float(F.cross_entropy(net(x), y)) < before

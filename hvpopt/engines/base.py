@@ -23,6 +23,11 @@ class Runner(Protocol):
         """How many ranks there are."""
         ...
 
+    @property
+    def is_first(self) -> bool:
+        """Whether the run under way, or the next one, is the one that counts."""
+        ...
+
     def __call__(
         self,
         on_backward: Backward,

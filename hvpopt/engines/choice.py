@@ -1,8 +1,10 @@
 """The choice of an engine: by what the caller needs and by what the model supports."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal, get_args
+
+import torch
 
 from hvpopt.engines.base import Engine
 from hvpopt.engines.dual import DualEngine, RemainderError
@@ -56,7 +58,8 @@ class EngineChoice:
                 f"{', '.join(map(repr, get_args(EngineName)))}."
             )
         self.requested = requested
-        self._chosen: dict[tuple[Use, Curvature], Engine] = {}
+        self.has_checked_graph = False
+        self._chosen: dict[tuple[Use, Curvature, Hashable], Engine] = {}
 
     def __call__(
         self,
@@ -65,9 +68,13 @@ class EngineChoice:
         probe: Callable[[Engine], None],
         *,
         convolves: bool = False,
+        of: Hashable = None,
     ) -> Engine:
-        """The engine for this use; ``probe`` tries a candidate and raises where it fails."""
-        key = (use, curvature)
+        """The engine for this use; ``probe`` tries a candidate and raises where it fails.
+
+        A choice holds for what it was made ``of``, the set of parameters.
+        """
+        key = (use, curvature, of)
         if key not in self._chosen:
             self._chosen[key] = self._find(probe, use, curvature, convolves)
         return self._chosen[key]
@@ -81,6 +88,8 @@ class EngineChoice:
             if len(candidates) > 1:
                 try:
                     probe(engine)
+                except torch.OutOfMemoryError:
+                    raise  # says nothing about the model
                 except (RuntimeError, RemainderError) as error:
                     failures[engine.name] = error
                     continue

@@ -7,8 +7,8 @@ J v; the loss's curvature turns them into cotangents for a second reverse pass.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +75,9 @@ class DualSplit(LossSplit):
         primal, tangent = forward_ad.unpack_dual(value)
         num_cuts = len(self.cuts)
         leaf = super()._cut(primal)
-        if len(self.cuts) > num_cuts:
-            self.tangents.append(None if tangent is None else tangent.detach())
+        if len(self.cuts) == num_cuts:
+            return value
+        self.tangents.append(None if tangent is None else tangent.detach())
         return leaf
 
 
@@ -99,67 +100,68 @@ class DualRecorder:
     """Reads the Hessian-vector product off the gradient of each ``backward`` call.
 
     Args:
-        params: the optimizer's parameters.
+        run: whose parameters.
         create_graph: lets the reverse pass use formulas that themselves have forward-mode
             derivatives (SiLU, GroupNorm), at the cost of memory.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, create_graph: bool = False) -> None:
-        self._params = list(params)
+    def __init__(self, run: Runner, *, create_graph: bool = False) -> None:
+        self._run = run
+        self._params = run.params
         self._create_graph = create_graph
         self.losses: list[Tensor] = []
-        self._products: list[Tensor | None] = [None] * len(self._params)
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """While active, each parameter's gradient is stripped of its tangent, which is kept."""
-        handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self._params)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, index: int) -> Callable[[Tensor], Tensor]:
-        def strip(grad: Tensor) -> Tensor:
-            primal, tangent = forward_ad.unpack_dual(grad)
-            if tangent is not None:
-                kept, tangent = self._products[index], tangent.detach()
-                self._products[index] = tangent.clone() if kept is None else kept + tangent
-            return primal.detach()
-
-        return strip
+        self.products: list[Tensor | None] = [None] * len(self._params)
 
     def __call__(self, loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
         """Takes the place of ``loss.backward()``."""
         self.losses.append(forward_ad.unpack_dual(loss.detach()).primal.clone())
         options["create_graph"] = options["create_graph"] or self._create_graph
-        one = torch.ones_like(loss)
         # With a tangent of zeros, which formulas may write to, as they may not to a ZeroTensor.
-        one = forward_ad.make_dual(one, torch.zeros_like(one))
-        with warnings.catch_warnings():
-            # of a reference cycle, which the hooks prevent: they detach what becomes p.grad
-            warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
-            plain(loss, one, **options)
+        one = forward_ad.make_dual(torch.ones_like(loss), torch.zeros_like(loss))
+        if self._run.is_first:
+            self._backward(loss, one, plain, options)
+            return
+        grads = torch.autograd.grad(loss, self._params, one, allow_unused=True, **options)
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                self._keep(i, grad)
 
-    @property
-    def products(self) -> list[Tensor | None]:
-        """The product of each parameter, None where the gradient had no tangent."""
-        return self._products
+    def _backward(
+        self, loss: Tensor, one: Tensor, plain: Callable[..., None], options: dict[str, Any]
+    ) -> None:
+        """``loss.backward()``, which gives every leaf its gradient and wakes DDP's reducer."""
+        handles = [p.register_hook(partial(self._keep, i)) for i, p in enumerate(self._params)]
+        try:
+            with warnings.catch_warnings():
+                # of a reference cycle, which there is not: what becomes p.grad is detached
+                warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
+                plain(loss, one, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, index: int, grad: Tensor) -> Tensor:
+        """Keeps the gradient's tangent, and returns it without."""
+        primal, tangent = forward_ad.unpack_dual(grad)
+        if tangent is not None:
+            kept, tangent = self.products[index], tangent.detach()
+            self.products[index] = tangent.clone() if kept is None else kept + tangent
+        return primal.detach()
 
 
 class DualGaussNewtonRecorder:
     """The GGN's product from the tangents at the split and one more reverse pass.
 
     Args:
-        params: the optimizer's parameters.
+        run: whose parameters.
         split: where the tangents stop.
         level: is left before the reverse passes, which then carry no tangents. (Checkpointed
             layers, which recompute without them what they computed with them, raise.)
     """
 
-    def __init__(self, params: Sequence[Tensor], split: DualSplit, level: DualLevel) -> None:
-        self._params, self._split, self._level = list(params), split, level
+    def __init__(self, run: Runner, split: DualSplit, level: DualLevel) -> None:
+        self._run, self._split, self._level = run, split, level
+        self._params = run.params
         self.losses: list[Tensor] = []
         self.products: list[Tensor | None] = [None] * len(self._params)
 
@@ -172,17 +174,18 @@ class DualGaussNewtonRecorder:
             )
         split, num_cuts = self._split, len(self._split.cuts)
         leaves = [cut.leaf for cut in split.cuts]
-        outer = torch.autograd.grad(
-            loss,
-            [*leaves, *self._params],
-            unit_cotangent(loss),
-            create_graph=True,
-            allow_unused=True,
-        )
+        with split.severed():
+            outer = torch.autograd.grad(
+                loss,
+                [*leaves, *self._params],
+                unit_cotangent(loss),
+                create_graph=True,
+                allow_unused=True,
+            )
         used = [i for i in range(num_cuts) if outer[i] is not None]
         if not used:
             raise SplitNotFoundError(NO_SPLIT)
-        if any(r is not None for r in outer[num_cuts:]):
+        if any(r is not None and r.count_nonzero() for r in outer[num_cuts:]):
             raise RemainderError(REMAINDER)
         slopes = [outer[i] for i in used]
         curved = vjp(slopes, [leaves[i] for i in used], [split.tangents[i] for i in used])
@@ -190,7 +193,8 @@ class DualGaussNewtonRecorder:
         self._level.leave()
         self.losses.append(loss.detach())
         self.products = vjp(outputs, self._params, curved)
-        torch.autograd.backward(outputs, [s.detach() for s in slopes if s is not None])
+        if self._run.is_first:
+            torch.autograd.backward(outputs, [s.detach() for s in slopes if s is not None])
 
 
 class DualEngine:
@@ -242,10 +246,9 @@ class DualEngine:
         level = DualLevel(run.params, v)
         if curvature == "ggn":
             split = DualSplit()
-            along = DualGaussNewtonRecorder(run.params, split, level)
+            along = DualGaussNewtonRecorder(run, split, level)
             run(along, split=split, around=level)
             return torch.stack(along.losses).sum(), fill(along.products, run.params)
-        recorder = DualRecorder(run.params, create_graph=self.thorough)
-        with recorder.hooks():
-            run(recorder, split=_ZeroTangents(), around=level)
+        recorder = DualRecorder(run, create_graph=self.thorough)
+        run(recorder, split=_ZeroTangents(), around=level)
         return torch.stack(recorder.losses).sum(), fill(recorder.products, run.params)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
 from hvpopt.engines.split import NO_SPLIT, Curvature, LossSplit, SplitNotFoundError
+from hvpopt.engines.support import graph_nodes
 from hvpopt.trees import TensorList
 
 Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
@@ -49,71 +50,101 @@ class GraphRecorder:
         self.has_remainder = False
         self.roots: list[Tensor | None] = []
 
-    def __call__(self, loss: Tensor, plain: Callable[..., None], /, **_: Any) -> None:
+    def __call__(self, loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
         """Takes the place of ``loss.backward()``; gradients gather in ``self.grads``."""
+        others = self._other_leaves(loss) if self._run.is_first else []
         with torch.autocast(loss.device.type, enabled=False):
             if self._split is None:
-                grads: Sequence[Tensor | None] = torch.autograd.grad(
-                    loss,
-                    self._params,
-                    unit_cotangent(loss) if self._create_graph else None,
-                    create_graph=self._create_graph,
-                    retain_graph=True if self._create_graph else None,
-                    allow_unused=True,
-                )
-                if self._create_graph:
-                    self.roots += grads
-                    self._pieces.append(lambda v, _: vjp(grads, self._params, v))
+                grads = self._gradient(loss, others, options.get("retain_graph"))
             else:
-                grads = self._gauss_newton(loss, self._split)
+                grads = self._gauss_newton(loss, self._split, others)
         self.losses.append(loss.detach())
-        self._add_grads(grads)
+        count = len(self._params)
+        for i, g in enumerate(grads[:count]):
+            if g is not None:
+                kept = self.grads[i]
+                self.grads[i] = g.detach().clone() if kept is None else kept + g.detach()
+        self._write([*self._params, *others], grads)
 
-    def _gauss_newton(self, loss: Tensor, split: LossSplit) -> list[Tensor | None]:
+    def _other_leaves(self, loss: Tensor) -> TensorList:
+        """The leaves besides the parameters to which ``loss.backward()`` would give gradients."""
+        ours = {id(p) for p in self._params}
+        leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
+        return [leaf for leaf in leaves if leaf is not None and id(leaf) not in ours]
+
+    def _gradient(
+        self, loss: Tensor, others: TensorList, retain_graph: bool | None
+    ) -> list[Tensor | None]:
+        """The gradient, and with a graph the Hessian's product as a piece."""
+        params, keep = self._params, self._create_graph
+        grads: list[Tensor | None] = list(
+            torch.autograd.grad(
+                loss,
+                [*params, *others],
+                unit_cotangent(loss) if keep else None,
+                create_graph=keep,
+                retain_graph=True if keep else retain_graph,
+                allow_unused=True,
+            )
+        )
+        if keep:
+            slopes = grads[: len(params)]
+            self.roots += slopes
+            self._pieces.append(lambda v, _: vjp(slopes, params, v))
+        return grads
+
+    def _gauss_newton(
+        self, loss: Tensor, split: LossSplit, others: TensorList
+    ) -> list[Tensor | None]:
         """The gradient by the chain rule through the cut, and the GGN's product as a piece."""
         params, num_cuts = self._params, len(split.cuts)
+        inputs = [*params, *others]
         leaves = [cut.leaf for cut in split.cuts]
-        outer = torch.autograd.grad(
-            loss, [*leaves, *params], unit_cotangent(loss), create_graph=True, allow_unused=True
-        )
+        with split.severed():
+            outer = torch.autograd.grad(
+                loss, [*leaves, *inputs], unit_cotangent(loss), create_graph=True, allow_unused=True
+            )
         used = [i for i in range(num_cuts) if outer[i] is not None]
         if not used:
             raise SplitNotFoundError(NO_SPLIT)
         leaves = [leaves[i] for i in used]
         outputs = [split.cuts[i].output for i in used]
         slopes = [outer[i] for i in used]
-        rest = outer[num_cuts:]
+        rest = outer[num_cuts : num_cuts + len(params)]
         self.has_remainder |= any(r is not None for r in rest)
 
         cotangents = [s.detach().requires_grad_() for s in slopes if s is not None]
-        pulled = vjp(outputs, params, cotangents, create_graph=self._tangents is None)
+        pulled = vjp(outputs, inputs, cotangents, create_graph=self._tangents is None)
         self.roots += [*pulled, *slopes, *rest]
+        pulled_by_params = pulled[: len(params)]
 
         # v ↦ J v, ∇²ℓ (J v), Jᵀ(∇²ℓ J v)
-        def product(v: TensorList, tangents: Sequence[Tensor | None] | None) -> list[Tensor | None]:
-            along = vjp(pulled, cotangents, v) if tangents is None else [tangents[i] for i in used]
+        def product(v: TensorList, tangents: Sequence[Tensor | None] | None) -> Sequence[Any]:
+            if tangents is None:
+                along = vjp(pulled_by_params, cotangents, v)
+            else:
+                along = [tangents[i] for i in used]
             curved = vjp(slopes, leaves, along)
             inner = vjp(outputs, params, curved)
-            outer_rest = vjp(rest, params, v)
+            with split.severed():
+                outer_rest = vjp(rest, params, v)
             return [_plus(a, b) for a, b in zip(inner, outer_rest, strict=True)]
 
         self._pieces.append(product)
-        return [_plus(a, b) for a, b in zip(pulled, rest, strict=True)]
+        return [_plus(a, b) for a, b in zip(pulled, outer[num_cuts:], strict=True)]
 
-    def _add_grads(self, grads: Sequence[Tensor | None]) -> None:
-        """Adds to ``self.grads``, and to ``p.grad`` what ``loss.backward()`` would have added."""
-        found = [(i, g.detach()) for i, g in enumerate(grads) if g is not None]
+    def _write(self, leaves: TensorList, grads: Sequence[Tensor | None]) -> None:
+        """Adds to each leaf's ``.grad`` what ``loss.backward()`` would have added."""
         with torch.no_grad():
-            for i, g in found:
-                p, kept = self._params[i], self.grads[i]
-                self.grads[i] = g.clone() if kept is None else kept + g
-                p.grad = g.clone() if p.grad is None else p.grad.add_(g)
-        sparse = any(g.layout != torch.strided for _, g in found)  # the optimizer refuses these
-        if self._run.size == 1 or sparse:
+            for leaf, g in zip(leaves, grads, strict=True):
+                if g is not None:
+                    leaf.grad = g.detach().clone() if leaf.grad is None else leaf.grad.add_(g)
+        sparse = any(g is not None and g.layout != torch.strided for g in grads)
+        if self._run.size == 1 or sparse:  # the optimizer refuses sparse ones
             return
-        means = self._run.average(fill([p.grad for p in self._params], self._params))
-        for p, mean in zip(self._params, means, strict=True):
-            p.grad = mean
+        means = self._run.average(fill([leaf.grad for leaf in leaves], leaves))
+        for leaf, mean in zip(leaves, means, strict=True):
+            leaf.grad = mean
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian or GGN of the summed losses times ``v``."""
@@ -134,20 +165,12 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _check_twice_differentiable(roots: Sequence[Tensor | None]) -> None:
     """Raises where a graph contains what ``once_differentiable`` leaves in place of a formula."""
-    nodes = [root.grad_fn for root in roots if root is not None and root.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name().endswith("Error"):
-            raise RuntimeError(
-                "The backward of a custom autograd Function is marked once_differentiable, so "
-                "that double backward would take it for a constant. Write its backward in "
-                "differentiable operations, or give it a jvp and choose engine='dual'."
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
+    if any(node.name().endswith("Error") for node in graph_nodes(roots)):
+        raise RuntimeError(
+            "The backward of a custom autograd Function is marked once_differentiable, so that "
+            "double backward would take it for a constant. Write its backward in differentiable "
+            "operations, or give it a jvp and choose engine='dual'."
+        )
 
 
 class GraphEngine:

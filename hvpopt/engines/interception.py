@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hvpopt.engines import support
 from hvpopt.engines.split import LossSplit
 
 
@@ -55,8 +54,6 @@ class Interception(TorchFunctionMode):
             return None
         if self._split is not None and self._split.handles(func):
             return self._split(func, *args, **kwargs)
-        if support.is_recurrent(func):
-            return support.call_without_fused_kernel(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _backward(

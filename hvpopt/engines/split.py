@@ -1,8 +1,9 @@
 """The split of a training loss into a network's outputs z and a loss of z, for the GGN.
 
 A loss function of ``torch.nn.functional`` is called with the network's output z. The split hands
-it a detached copy of z, so that the loss is a function of the copies (and of the parameters, where
-a part of it bypasses them), and each z remains a function of the parameters:
+it a view of z that can be severed from z while derivatives are taken, so that the loss is a
+function of the views (and of the parameters, where a part of it bypasses them), and each z is a
+function of the parameters:
 
     L(θ) = ℓ(z(θ), θ)      G = Jᵀ ∇²_zz ℓ J + ∇²_θθ ℓ,      J = ∂z/∂θ
 
@@ -10,13 +11,16 @@ The first term is the generalised Gauss-Newton matrix (Schraudolph 2002, section
 is the Hessian of what bypasses the loss functions, a penalty on the weights, say.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hvpopt.engines.support import graph_nodes
 
 Curvature = Literal["hessian", "ggn"]
 
@@ -51,19 +55,42 @@ class SplitNotFoundError(ValueError):
     """Raised where a GGN is asked for and no loss function was called."""
 
 
+class _Severance:
+    """Whether derivatives stop at the cuts."""
+
+    on = False
+
+
+class _Cut(torch.autograd.Function):
+    """The identity, with a derivative that can be switched off."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, severance: _Severance) -> Tensor:
+        ctx.severance = severance
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (None if ctx.severance.on else grad), None
+
+
 @dataclass(frozen=True)
 class Cut:
-    """One output of the network and the leaf that stands for it in the loss."""
+    """One output of the network and the view that stands for it in the loss."""
 
     output: Tensor
     leaf: Tensor
 
 
 class LossSplit:
-    """Cuts the graph at the inputs of the loss functions that are called with it."""
+    """Cuts the graph at the inputs of the loss functions that are called with it.
+
+    What already depends on a cut, the input of a loss of a loss, is not cut again.
+    """
 
     def __init__(self) -> None:
         self.cuts: list[Cut] = []
+        self._severance = _Severance()
         self._log_softmaxes: dict[int, tuple[Tensor, Callable[..., Tensor], Any, Any]] = {}
 
     def handles(self, func: object) -> bool:
@@ -95,9 +122,25 @@ class LossSplit:
     def _cut_values(self, values: dict[str, Any]) -> dict[str, Any]:
         return {key: self._cut(value) for key, value in values.items()}
 
+    @contextmanager
+    def severed(self) -> Iterator[None]:
+        """While active, no derivative passes a cut."""
+        self._severance.on = True
+        try:
+            yield
+        finally:
+            self._severance.on = False
+
     def _cut(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.requires_grad:
+        if not isinstance(value, Tensor) or not value.requires_grad or _is_transformed(value):
             return value
-        leaf = value.detach().requires_grad_()
+        if self.cuts and any(node.name() == "_CutBackward" for node in graph_nodes([value])):
+            return value
+        leaf: Tensor = _Cut.apply(value, self._severance)
         self.cuts.append(Cut(value, leaf))
         return leaf
+
+
+def _is_transformed(value: Tensor) -> bool:
+    """Whether the closure itself is differentiating here by ``torch.func``."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value)

@@ -3,7 +3,8 @@
 import torch
 
 from hvpopt import trees
-from hvpopt.closure import ClosureOracle, LinearizedClosure
+from hvpopt.closure import ClosureOracle
+from hvpopt.linearization import LinearizedClosure
 from hvpopt.trees import TensorList
 
 

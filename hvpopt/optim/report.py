@@ -13,7 +13,10 @@ class Outcome(Enum):
     STEPPED = "The parameters moved."
     CONVERGED = "The gradient is zero to within its tolerance: the parameters stay."
     REJECTED = "No step along the direction decreased the loss: the parameters stay."
-    SKIPPED = "The closure returned None without calling backward: the parameters stay."
+    SKIPPED = (
+        "The closure returned None without calling backward: the parameters stay. Under manual "
+        "optimization, pass the optimizer a closure: optimizer.step(closure=closure)."
+    )
     NONFINITE_LOSS = (
         "The loss is not finite: the parameters stay. Look for a division by zero, a logarithm of "
         "zero or inputs that are not finite, or lower the learning rate."
