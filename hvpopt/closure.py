@@ -79,6 +79,7 @@ class ClosureOracle:
         self._num_backwards: int | None = None
         self._probing = False
         self._is_counting = False
+        self._leaves: TensorList = []
         self._trace: Trace | None = None
         self.returned: Any = None
         self.num_runs = 0
@@ -217,15 +218,24 @@ class ClosureOracle:
 
     def _checked(self, on_backward: Backward) -> Backward:
         def handle(loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
+            assert self._world is not None
             if self._num_backwards is None:
                 check_not_sharded(self.modules)
                 self._ranks = Ranks(self.modules)
             if not self._choice.has_checked_graph:
                 support.check_checkpointing(loss)
                 self._choice.has_checked_graph = True
+            if self._is_counting:
+                self._leaves = self._other_leaves(loss)
+                self._world.hold(self._leaves)
             on_backward(loss, plain, **options)
 
         return handle
+
+    def _other_leaves(self, loss: Tensor) -> TensorList:
+        ours = set(map(id, self.params))
+        leaves = (getattr(node, "variable", None) for node in support.graph_nodes([loss]))
+        return [leaf for leaf in leaves if leaf is not None and id(leaf) not in ours]
 
 
 class _Runner:
@@ -244,6 +254,10 @@ class _Runner:
     @property
     def is_first(self) -> bool:
         return self._oracle._is_counting
+
+    @property
+    def other_leaves(self) -> TensorList:
+        return self._oracle._leaves if self.is_first else []
 
     def __call__(
         self,

@@ -143,6 +143,10 @@ class World:
         self._before.update((id(part), _ModuleState(part)) for part in new)
         return new
 
+    def hold(self, leaves: Sequence[Tensor]) -> None:
+        """Lets further runs leave the gradients of these alone, too."""
+        self._params += leaves
+
     @contextmanager
     def first_run(self) -> Iterator[None]:
         """The run that counts: what it changes stays changed."""

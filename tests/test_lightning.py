@@ -76,7 +76,8 @@ class CountHooks(L.Callback):
 
 def fit(make_optimizer, tmp_path, *, callbacks=(), module=Ordinary, epochs=2, **options):
     L.seed_everything(1, verbose=False)
-    data = TensorDataset(torch.randn(64, 10), torch.randint(4, (64,)))
+    x = torch.randn(64, 10)
+    data = TensorDataset(x, (x @ torch.randn(10, 4)).argmax(1))
     net = module(make_optimizer)
     hooks = CountHooks()
     logger = CSVLogger(tmp_path, name=None, version="run")

@@ -25,7 +25,12 @@ class Runner(Protocol):
 
     @property
     def is_first(self) -> bool:
-        """Whether the run under way, or the next one, is the one that counts."""
+        """Whether the run under way is the one that counts."""
+        ...
+
+    @property
+    def other_leaves(self) -> TensorList:
+        """In the run that counts, what else ``loss.backward()`` would give gradients."""
         ...
 
     def __call__(

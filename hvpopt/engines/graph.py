@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
 from hvpopt.engines.split import NO_SPLIT, Curvature, LossSplit, SplitNotFoundError
-from hvpopt.engines.support import graph_nodes
+from hvpopt.engines.support import graph_nodes, hooked, without_hooks
 from hvpopt.trees import TensorList
 
 Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
@@ -52,8 +52,9 @@ class GraphRecorder:
 
     def __call__(self, loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
         """Takes the place of ``loss.backward()``; gradients gather in ``self.grads``."""
-        others = self._other_leaves(loss) if self._run.is_first else []
-        with torch.autocast(loss.device.type, enabled=False):
+        others = self._run.other_leaves
+        leaves = [*self._params, *others]
+        with torch.autocast(loss.device.type, enabled=False), without_hooks(leaves):
             if self._split is None:
                 grads = self._gradient(loss, others, options.get("retain_graph"))
             else:
@@ -64,13 +65,7 @@ class GraphRecorder:
             if g is not None:
                 kept = self.grads[i]
                 self.grads[i] = g.detach().clone() if kept is None else kept + g.detach()
-        self._write([*self._params, *others], grads)
-
-    def _other_leaves(self, loss: Tensor) -> TensorList:
-        """The leaves besides the parameters to which ``loss.backward()`` would give gradients."""
-        ours = {id(p) for p in self._params}
-        leaves = (getattr(node, "variable", None) for node in graph_nodes([loss]))
-        return [leaf for leaf in leaves if leaf is not None and id(leaf) not in ours]
+        self._write(leaves, grads)
 
     def _gradient(
         self, loss: Tensor, others: TensorList, retain_graph: bool | None
@@ -138,7 +133,8 @@ class GraphRecorder:
         with torch.no_grad():
             for leaf, g in zip(leaves, grads, strict=True):
                 if g is not None:
-                    leaf.grad = g.detach().clone() if leaf.grad is None else leaf.grad.add_(g)
+                    g = hooked(leaf, g.detach()) if self._run.is_first else g.detach()
+                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
         sparse = any(g is not None and g.layout != torch.strided for g in grads)
         if self._run.size == 1 or sparse:  # the optimizer refuses sparse ones
             return

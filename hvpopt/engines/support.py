@@ -101,3 +101,11 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for h, content in zip(hooks, held, strict=True):
             h.update(content)
+
+
+def hooked(leaf: Tensor, grad: Tensor) -> Tensor:
+    """What the hooks on a leaf make of its gradient."""
+    for hook in list((leaf._backward_hooks or {}).values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    return grad

@@ -102,7 +102,7 @@ class CurvatureMonitor(L.Callback):
         self._max_lanczos_steps = int(check_range("max_lanczos_steps", max_lanczos_steps, 1))
         self._num_probes = int(check_range("num_probes", num_probes, 1))
         self._rtol = check_range("rtol", rtol, 1e-12, 1.0)
-        self._probe = probe
+        self._probe = self._candidate = probe
         self._on_device = False
         self._choice = EngineChoice(engine)
         self._seed = seed
@@ -129,10 +129,9 @@ class CurvatureMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the first batch as the probe where none was given."""
+        """Takes the first batch that is not skipped as the probe, where none was given."""
         if self._probe is None:
-            self._probe = tree_map(_cloned, batch)
-            self._on_device = True
+            self._candidate = tree_map(_cloned, batch)
 
     def on_train_batch_end(
         self,
@@ -143,6 +142,10 @@ class CurvatureMonitor(L.Callback):
         batch_idx: int,
     ) -> None:
         """Measures, when it is time."""
+        if self._probe is None:
+            if not outputs:  # training_step returned None
+                return
+            self._probe, self._on_device = self._candidate, True
         step = trainer.global_step
         due = step == 1 or step % self._every == 0
         if step == 0 or not due or step == self._last_step:

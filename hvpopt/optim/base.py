@@ -1,8 +1,10 @@
 """What the optimizers that need a closure share: validation, isolation, failures, reports."""
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,16 +28,28 @@ NO_CLOSURE = (
 )
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> float:
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> float:
     """``value``, if low ≤ value ≤ high.
 
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        bound = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise ValueError(f"{name}={value!r} is out of range: expected a number {bound}.")
     return value
+
+
+def check_count(name: str, value: int) -> int:
+    """``value``, if it is a whole number above zero.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} is out of range: expected a whole number at least 1.")
+    return int(value)
 
 
 class ClosureOptimizer(Optimizer):
@@ -61,14 +75,19 @@ class ClosureOptimizer(Optimizer):
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
     ) -> None:
-        check_range("max_consecutive_failures", max_consecutive_failures, 1)
+        check_count("max_consecutive_failures", max_consecutive_failures)
         self._choice = EngineChoice(engine)
         self._max_failures = max_consecutive_failures
         self._num_failures = 0
         self._warned: set[int] = set()
         self.last_report: StepReport | None = None
         self.num_steps = self.num_products = self.num_closure_runs = 0
+        self._own = tuple(vars(self))
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: torch's optimizers would leave their own fields out."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after its options and parameters are checked.
@@ -101,6 +120,8 @@ class ClosureOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step and returns the closure's loss, as at the parameters before the step.
 
+        A loss that is a tensor comes back detached, so that keeping it keeps no graph.
+
         Args:
             closure: computes the loss, clears the gradients, calls ``backward()``, and returns
                 the loss; see `hvpopt.closure`.
@@ -109,11 +130,13 @@ class ClosureOptimizer(Optimizer):
             TypeError: without a closure.
             NoBackwardError: if the closure returns a loss without calling ``backward()``.
             FloatingPointError: after ``max_consecutive_failures`` failed steps in a row.
-            RuntimeError: if no parameter gets a gradient.
+            RuntimeError: if no parameter requires a gradient, or none gets one.
         """
         if closure is None:
             raise TypeError(NO_CLOSURE.format(name=type(self).__name__))
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not params:
+            raise RuntimeError("No parameter of the optimizer requires a gradient.")
         start = trees.clone(params)
         with ClosureOracle(closure, params, engine=self._choice) as oracle:
             try:
@@ -121,12 +144,15 @@ class ClosureOptimizer(Optimizer):
             except NoBackwardError:
                 if oracle.returned is not None:
                     raise
-                report = StepReport(outcome=Outcome.SKIPPED, loss=float("nan"))
+                report = StepReport(
+                    outcome=Outcome.SKIPPED, loss=math.nan, num_closure_runs=oracle.num_runs
+                )
             except BaseException:
                 trees.copy_(params, start)
                 raise
         self._account(report)
-        return oracle.returned
+        returned = oracle.returned
+        return returned.detach() if isinstance(returned, Tensor) else returned
 
     def _account(self, report: StepReport) -> None:
         self.last_report = report

@@ -1,52 +1,22 @@
 """Newton-CG, also known as Hessian-free optimization."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from hvpopt import trees
 from hvpopt.closure import ClosureOracle
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.base import ClosureOptimizer, check_range
+from hvpopt.optim.base import ClosureOptimizer, check_count, check_range
 from hvpopt.optim.damping import levenberg_marquardt, reduction_ratio
 from hvpopt.optim.line_search import LineSearchResult, armijo
 from hvpopt.optim.objective import Objective
-from hvpopt.optim.report import Outcome, StepReport
+from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
 from hvpopt.solvers.cg import cg
 from hvpopt.solvers.result import Solution, Status
 from hvpopt.solvers.stopping import RelativeProgress, StoppingRule
 from hvpopt.trees import TensorList
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewtonCGReport(StepReport):
-    """What Newton-CG did in a step. The objective is the loss plus the weight decay's ½ wd ‖θ‖².
-
-    Attributes:
-        objective, objective_after: its values before and after the step, on the same batch.
-        damping: λ that was used, of the first group.
-        reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
-        cg_steps: steps of CG.
-        cg_status: why CG ended.
-        min_curvature: the least pᵀA p / ‖p‖² that CG met, damping included.
-        step_length: multiple of the direction that was taken; 0 for none.
-        grad_norm: of the objective's gradient.
-        update_norm: ‖θ_new − θ‖.
-    """
-
-    progress_fields: ClassVar[tuple[str, ...]] = ("damping", "cg_steps")
-
-    objective: float = math.nan
-    objective_after: float = math.nan
-    damping: float = math.nan
-    reduction_ratio: float = math.nan
-    cg_steps: int = 0
-    cg_status: Status | None = None
-    min_curvature: float = math.nan
-    step_length: float = 0.0
-    grad_norm: float = math.nan
-    update_norm: float = 0.0
 
 
 class NewtonCG(ClosureOptimizer):
@@ -73,9 +43,11 @@ class NewtonCG(ClosureOptimizer):
         damping: initial λ, in the units of the curvature (of the loss's mean over the batch where
             the loss is a mean).
         weight_decay: wd, in the loss's units; part of objective, gradient and curvature.
-        curvature: "ggn" (never indefinite) or "hessian".
+        curvature: "ggn" (positive semi-definite where the loss is convex in the network's
+            outputs) or "hessian".
         max_cg_steps: at most so many products a step.
-        cg_stop: when CG has done enough; Martens' relative progress by default.
+        cg_stop: when CG has done enough, on the gradient scaled to unit length; Martens' relative
+            progress by default.
         warm_start: CG starts from this multiple of the last step's solution.
         damping_factor: λ grows or shrinks by it a step; 1 keeps λ fixed.
         sufficient_decrease: Armijo's c.
@@ -129,8 +101,13 @@ class NewtonCG(ClosureOptimizer):
     ) -> None:
         if curvature not in ("ggn", "hessian"):
             raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
+        if cg_stop is not None and not callable(cg_stop):
+            raise ValueError(
+                f"cg_stop={cg_stop!r} is no stopping rule: expected one such as "
+                "hvpopt.solvers.stopping.ResidualNorm(rtol=1e-3)."
+            )
         self._curvature: Curvature = curvature
-        self._max_cg_steps = int(check_range("max_cg_steps", max_cg_steps, 1))
+        self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
         self._cg_stop = RelativeProgress() if cg_stop is None else cg_stop
         self._warm_start = check_range("warm_start", warm_start, 0.0, 1.0)
         self._damping_factor = check_range("damping_factor", damping_factor, 1.0)
@@ -138,7 +115,7 @@ class NewtonCG(ClosureOptimizer):
             "sufficient_decrease", sufficient_decrease, 0.0, 1.0
         )
         self._backtracking = check_range("backtracking", backtracking, 0.01, 0.99)
-        self._max_evaluations = int(check_range("max_evaluations", max_evaluations, 1))
+        self._max_evaluations = check_count("max_evaluations", max_evaluations)
         self._grad_tolerance = check_range("grad_tolerance", grad_tolerance, 0.0)
         defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         super().__init__(
@@ -187,18 +164,8 @@ class NewtonCG(ClosureOptimizer):
         search = self._search(objective, update, slope)
 
         length = search.step
-        predicted = length * slope + 0.5 * length**2 * curved
-        rose = not search.first_value - objective.value <= objective.noise
-        ratio = (
-            -math.inf
-            if rose
-            else reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
-        )
-        for group in self.param_groups:
-            floor = group["initial_damping"] if objective.is_tilted else 1e-12
-            group["damping"] = levenberg_marquardt(
-                group["damping"], ratio, factor=self._damping_factor, bounds=(floor, 1e12)
-            )
+        ratio = self._ratio(objective, search, slope, curved)
+        self._adapt_damping(ratio, is_tilted=objective.is_tilted)
         for p, d in zip(params, solution.value, strict=True):
             self.state[p]["direction"] = d
         said.update(
@@ -225,11 +192,40 @@ class NewtonCG(ClosureOptimizer):
             return trees.add(objective.product(v), trees.scale_each(damping, v))
 
         last = [self.state[p].get("direction") for p in params]
+        # CG is linear in its right-hand side: at unit length its squares cannot overflow
+        size = float(trees.norm(objective.grad))
         x0 = None
         if self._warm_start > 0 and all(d is not None for d in last):
-            x0 = trees.scale([d for d in last if d is not None], self._warm_start)
-        rhs = trees.scale(objective.grad, -1.0)
-        return cg(damped, rhs, x0=x0, stop=self._cg_stop, max_steps=self._max_cg_steps)
+            x0 = trees.scale([d for d in last if d is not None], self._warm_start / size)
+        rhs = trees.scale(objective.grad, -1 / size)
+        unit = cg(damped, rhs, x0=x0, stop=self._cg_stop, max_steps=self._max_cg_steps)
+        return replace(
+            unit,
+            value=trees.scale(unit.value, size),
+            direction=None if unit.direction is None else trees.scale(unit.direction, size),
+            residual_norm=unit.residual_norm * size,
+            model_values=tuple(m * size**2 for m in unit.model_values),
+        )
+
+    def _ratio(
+        self, objective: Objective, search: LineSearchResult, slope: float, curved: float
+    ) -> float:
+        """ρ of the step taken; −∞ where the full step raised F, NaN where there was no step."""
+        if slope == 0:
+            return math.nan
+        if not search.first_value - objective.value <= objective.noise:
+            return -math.inf
+        predicted = search.step * slope + 0.5 * search.step**2 * curved
+        return reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
+
+    def _adapt_damping(self, ratio: float, *, is_tilted: bool) -> None:
+        if self._damping_factor == 1:
+            return
+        for group in self.param_groups:
+            floor = group["initial_damping"] if is_tilted else 1e-12
+            group["damping"] = levenberg_marquardt(
+                group["damping"], ratio, factor=self._damping_factor, bounds=(floor, 1e12)
+            )
 
     def _update(self, objective: Objective, solution: Solution) -> tuple[TensorList, float]:
         """The update p = lr·d and pᵀB p, from what CG knows of dᵀ(B + λ I) d where it can."""

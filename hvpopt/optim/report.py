@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from hvpopt.solvers.result import Status
+
 
 class Outcome(Enum):
     """How a step ended. The values are the sentences that a user reads."""
@@ -63,3 +65,33 @@ class StepReport:
             for name, value in pairs
             if isinstance(value, (int, float)) and math.isfinite(value)
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonCGReport(StepReport):
+    """What Newton-CG did in a step. The objective is the loss plus the weight decay's ½ wd ‖θ‖².
+
+    Attributes:
+        objective, objective_after: its values before and after the step, on the same batch.
+        damping: λ that was used, of the first group.
+        reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
+        cg_steps: steps of CG.
+        cg_status: why CG ended.
+        min_curvature: the least pᵀA p / ‖p‖² that CG met, damping included.
+        step_length: multiple of the direction that was taken; 0 for none.
+        grad_norm: of the objective's gradient.
+        update_norm: ‖θ_new − θ‖.
+    """
+
+    progress_fields: ClassVar[tuple[str, ...]] = ("damping", "cg_steps")
+
+    objective: float = math.nan
+    objective_after: float = math.nan
+    damping: float = math.nan
+    reduction_ratio: float = math.nan
+    cg_steps: int = 0
+    cg_status: Status | None = None
+    min_curvature: float = math.nan
+    step_length: float = 0.0
+    grad_norm: float = math.nan
+    update_norm: float = 0.0

@@ -71,7 +71,8 @@ class SMD(ClosureOptimizer):
         mu: the gains' own learning rate; in units of 1/loss with ``normalization=None``.
         lam: decay of v in [0, 1]; its horizon is 1/(1 − λ) steps.
         weight_decay: coefficient of ½‖θ‖², in the loss's units; part of g and of C.
-        curvature: "ggn" (never indefinite) or "hessian".
+        curvature: "ggn" (positive semi-definite where the loss is convex in the network's
+            outputs) or "hessian".
         normalization: "rms", which makes the rule invariant to the loss's scale, or None.
         overshoot_guard: cuts a step that passes the minimum of the model along it. One product
             more a step.
@@ -129,9 +130,11 @@ class SMD(ClosureOptimizer):
             raise ValueError(f"gain={gain!r} is unknown: choose one of {get_args(Gain)}.")
         if not isinstance(gain_bounds, Sequence) or len(gain_bounds) != 2:
             raise ValueError(f"gain_bounds={gain_bounds!r}: expected two numbers, (low, high).")
-        low, high = gain_bounds
+        low, high = (check_range("gain_bounds", bound, 0.0) for bound in gain_bounds)
         if not 0 < low <= 1 <= high:
             raise ValueError(f"gain_bounds={gain_bounds!r}: expected 0 < low <= 1 <= high.")
+        if not isinstance(overshoot_guard, bool):
+            raise ValueError(f"overshoot_guard={overshoot_guard!r}: expected True or False.")
         self._curvature: Curvature = curvature
         self._guard = overshoot_guard
         self._gain: Gain = gain
@@ -141,7 +144,7 @@ class SMD(ClosureOptimizer):
             bounds=(float(low), float(high)),
             beta=check_range("beta", beta, 0.0, 0.9999999),
         )
-        defaults = {"lr": lr, "mu": mu, "lam": lam, "weight_decay": weight_decay, "num_updates": 0}
+        defaults = {"lr": lr, "mu": mu, "lam": lam, "weight_decay": weight_decay}
         super().__init__(
             params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures
         )
@@ -191,8 +194,7 @@ class SMD(ClosureOptimizer):
             p.add_(gain * g, alpha=-lr)  # in this order: without meta-learning, SGD to the bit
         for p, gain, square, trace in zip(params, gains, squares, traces, strict=True):
             self.state[p].update(gain=gain, square=square, trace=trace)
-        for group in self.param_groups:
-            group["num_updates"] += 1
+            self.state[p]["num_updates"] += 1
         return self._report(oracle, Outcome.STEPPED, loss, **numbers)
 
     def _report(
@@ -208,7 +210,7 @@ class SMD(ClosureOptimizer):
             **numbers,
         )
 
-    def _state(self, p: Tensor) -> dict[str, Tensor]:
+    def _state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
         if not state:
             like = p.detach() if self._gain == "parameter" else p.detach().new_empty(())
@@ -216,6 +218,7 @@ class SMD(ClosureOptimizer):
                 gain=torch.ones_like(like),
                 square=torch.zeros_like(like),
                 trace=torch.zeros_like(p, requires_grad=False),
+                num_updates=0,
             )
         return state
 
@@ -227,11 +230,10 @@ class SMD(ClosureOptimizer):
     ) -> tuple[TensorList, TensorList, TensorList]:
         """The new gains, the new mean squares, and which gains fell by the full factor."""
         signals = self._shared(list(torch._foreach_mul(v, grad)))
-        mus, ages = self._per_parameter("mu"), self._per_parameter("num_updates")
-        states = [self.state[p] for p in params]
+        mus, states = self._per_parameter("mu"), [self.state[p] for p in params]
         adapted = [
-            self._rule(state["gain"], state["square"], signal, mu=mu, age=age)
-            for state, signal, mu, age in zip(states, signals, mus, ages, strict=True)
+            self._rule(state["gain"], state["square"], signal, mu=mu, age=state["num_updates"])
+            for state, signal, mu in zip(states, signals, mus, strict=True)
         ]
         gains, squares, floored = map(list, zip(*adapted, strict=True))
         return gains, squares, floored
@@ -247,7 +249,8 @@ class SMD(ClosureOptimizer):
         for group in self.param_groups:
             size = sum(p.requires_grad for p in group["params"])
             of_group = sums[len(totals) : len(totals) + size]
-            totals += [torch.stack(of_group).sum()] * size if size else []
+            total = sum(float(x) for x in of_group)
+            totals += [torch.full_like(x, total) for x in of_group]
         return totals
 
 

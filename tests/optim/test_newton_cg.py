@@ -328,6 +328,9 @@ def test_sparse_gradients_are_refused_by_name():
         ({"weight_decay": -1e-4}, r"weight_decay=-0\.0001"),
         ({"curvature": "fisher"}, r"curvature='fisher' is unknown: choose 'ggn' or 'hessian'"),
         ({"max_cg_steps": 0}, r"max_cg_steps=0"),
+        ({"max_cg_steps": 2.7}, r"max_cg_steps=2\.7 is out of range: expected a whole number"),
+        ({"lr": math.inf}, r"lr=inf is out of range"),
+        ({"cg_stop": 1e-3}, r"cg_stop=0\.001 is no stopping rule"),
         ({"warm_start": 1.5}, r"warm_start=1\.5 is out of range: expected a number between"),
         ({"damping_factor": 0.5}, r"damping_factor=0\.5"),
         ({"backtracking": 1.0}, r"backtracking=1\.0"),
@@ -423,3 +426,54 @@ def test_the_line_search_takes_the_first_sufficient_decrease():
     assert math.isnan(found.first_value)
     none = armijo(lambda t: 2.0, 1.0, -1.0, max_evaluations=4)
     assert (none.step, none.value, none.num_evaluations) == (0.0, 1.0, 4)
+
+
+def test_the_ratio_after_backtracking_is_that_of_the_shorter_step():
+    _, _, params, loss = quadratic()
+    optimizer = hvpopt.NewtonCG(params, lr=1.995, damping=0.0, curvature="hessian", **EXACT)
+    optimizer.step(closure_of(optimizer, loss))
+    # twice Newton's step is as high as the start: a little less decreases, but too little
+    assert optimizer.last_report.step_length == 0.5
+    assert optimizer.last_report.reduction_ratio == pytest.approx(1.0)
+
+
+def test_the_line_search_asks_less_of_shorter_steps_and_forgives_rounding():
+    values = {1.0: 1.5, 0.5: 1.2, 0.25: 0.97}
+    assert armijo(values.__getitem__, 1.0, -1.0, sufficient_decrease=0.1).step == 0.25
+    assert armijo(lambda t: 1.0 + 1e-8, 1.0, -1e-12, noise=1e-7).step == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_newton_step_does_not_depend_on_the_scale_of_the_loss(scale):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.zeros(4))
+    x, y = torch.randn(10, 4), torch.randn(10)
+    optimizer = hvpopt.NewtonCG([w], damping=0.0, **EXACT)
+    optimizer.step(closure_of(optimizer, lambda: F.mse_loss(x @ w, y) * scale))
+    assert optimizer.last_report.outcome is Outcome.STEPPED
+    expected = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learning_rate_of_zero_changes_nothing_and_keeps_the_damping():
+    _, _, params, loss = quadratic()
+    optimizer = hvpopt.NewtonCG(params, lr=0.0, curvature="hessian")
+    before = flat(params).clone()
+    for _ in range(3):
+        optimizer.step(closure_of(optimizer, loss))
+    assert torch.equal(flat(params), before)
+    assert optimizer.param_groups[0]["damping"] == 1.0
+
+
+def test_a_fixed_damping_stays_zero():
+    _, _, params, loss = quadratic()
+    optimizer = hvpopt.NewtonCG(params, damping=0.0, damping_factor=1.0, curvature="hessian")
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.param_groups[0]["damping"] == 0.0
+
+
+def test_nothing_to_train_is_named():
+    w = nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer = hvpopt.NewtonCG([w])
+    with pytest.raises(RuntimeError, match="No parameter of the optimizer requires a gradient"):
+        optimizer.step(lambda: None)

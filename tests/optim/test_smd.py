@@ -225,6 +225,8 @@ def test_an_exception_leaves_parameters_and_state(engine):
         ({"beta": 1.0}, r"beta=1\.0"),
         ({"gain_bounds": (2.0, 3.0)}, r"expected 0 < low <= 1 <= high"),
         ({"gain_bounds": 3.0}, r"gain_bounds=3\.0: expected two numbers"),
+        ({"gain_bounds": ("a", "b")}, r"gain_bounds='a' is out of range"),
+        ({"overshoot_guard": "no"}, r"overshoot_guard='no': expected True or False"),
         ({"gain": "layer"}, r"gain='layer' is unknown"),
         ({"normalization": "max"}, r"normalization='max' is unknown"),
         ({"curvature": "x"}, r"curvature='x' is unknown"),
@@ -233,3 +235,52 @@ def test_an_exception_leaves_parameters_and_state(engine):
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         hvpopt.SMD([nn.Parameter(torch.ones(2))], **options)
+
+
+def test_the_guard_counts_the_weight_decay_and_keeps_the_gains_in_their_bounds():
+    w, loss = quadratic()
+    optimizer = hvpopt.SMD(
+        [w], lr=10.0, weight_decay=0.5, curvature="hessian", gain_bounds=(0.9, 2.0)
+    )
+    start = w.detach().clone()
+    g = A @ start - B + 0.5 * start
+    q = float(10.0 * (g @ (A + 0.5 * torch.eye(2)) @ g) / (g @ g))
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.last_report.overshoot == pytest.approx(q)
+    torch.testing.assert_close(w.detach(), start - 10.0 / q * g)
+    torch.testing.assert_close(optimizer.state[w]["gain"], torch.full_like(start, 0.9))
+
+
+def test_the_report_measures_v_against_gradient_and_curvature():
+    w, loss = quadratic()
+    optimizer = hvpopt.SMD([w], lr=0.1, curvature="hessian", overshoot_guard=False)
+    g = A @ w.detach() - B
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.last_report.trace_alignment == pytest.approx(1.0)  # v = p⊙g
+    assert optimizer.last_report.trace_norm == pytest.approx(float(0.1 * g.norm()))
+    optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.last_report.trace_curvature == pytest.approx(float(g @ A @ g / (g @ g)))
+
+
+def test_a_late_parameter_starts_its_own_statistics():
+    torch.manual_seed(0)
+    early, late = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    late.requires_grad_(False)
+    optimizer = hvpopt.SMD([early, late], curvature="hessian", overshoot_guard=False)
+    for _ in range(50):
+        optimizer.step(closure_of(optimizer, lambda: (early**2).sum()))
+    late.requires_grad_(True)
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, lambda: (early**2).sum() + (late**2).sum()))
+    # the second signal is the first that counts: u = 1
+    torch.testing.assert_close(optimizer.state[late]["gain"], torch.full_like(late, 1.05))
+
+
+@pytest.mark.parametrize("gain", ["parameter", "tensor", "group"])
+def test_parameters_of_mixed_dtype_train(gain):
+    single = nn.Parameter(torch.ones(2))
+    double = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = hvpopt.SMD([single, double], curvature="hessian", gain=gain)
+    for _ in range(3):
+        optimizer.step(closure_of(optimizer, lambda: (single.double() ** 2 + double**2).sum()))
+    torch.testing.assert_close(single.double().detach(), double.detach(), rtol=1e-5, atol=1e-6)

@@ -405,3 +405,24 @@ def test_every_status_is_a_sentence_and_says_whether_it_converged():
         Status.CONVERGED,
         Status.SMALL_PROGRESS,
     }
+
+
+def test_the_least_curvature_of_all_directions_is_reported():
+    """On diag(1, 9) from b = (1, 1) the first direction's curvature is 5, the second's less."""
+    diagonal = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    directions = []
+
+    def matvec(v):
+        directions.append(v[0].clone())
+        return [diagonal * v[0]]
+
+    b = torch.ones(2, dtype=torch.float64)
+    solution = cg(matvec, [b], stop=ResidualNorm(rtol=1e-12))
+    curvatures = [float(p @ (diagonal * p) / (p @ p)) for p in directions]
+    assert solution.min_curvature == pytest.approx(min(curvatures))
+    b = torch.tensor([3.0, 0.1], dtype=torch.float64)  # here it is the first's that is least
+    directions.clear()
+    solution = cg(matvec, [b], stop=ResidualNorm(rtol=1e-12))
+    curvatures = [float(p @ (diagonal * p) / (p @ p)) for p in directions]
+    assert curvatures[0] < curvatures[1]
+    assert solution.min_curvature == pytest.approx(curvatures[0])
