@@ -226,14 +226,23 @@ def test_the_engine_is_chosen_once_by_need_and_logged(caplog):
         with ClosureOracle(task.closure(), task.params, engine=choice) as oracle:
             oracle.trace("ggn")
         with ClosureOracle(task.closure(), task.params, engine=choice) as oracle:
-            oracle.trace_along(task.tangent())
-            assert oracle.num_runs in (1, 3)  # probes come before the first run only
+            oracle.trace_along(task.tangent(), "ggn")
+            assert oracle.num_runs in (1, 2)  # the probe comes before the first run only
+        with ClosureOracle(task.closure(), task.params, engine=choice) as oracle:
+            oracle.trace_along(task.tangent(), "hessian")
     assert [r.message for r in caplog.records] == [
         "Products of the ggn by engine graph (best for many products).",
-        # SiLU's backward kernel has no forward-mode formula
-        caplog.records[1].message,
+        "Products of the ggn by engine dual (best for one product).",
+        "Products of the hessian by engine graph (best for one product).",
     ]
-    assert "engine dual (thorough) (dual failed" in caplog.records[1].message
+
+
+def test_the_dual_engine_becomes_thorough_where_it_must(caplog):
+    caplog.set_level("INFO", "hvpopt")
+    task = problem("mlp")  # SiLU's backward kernel has no forward-mode formula
+    with ClosureOracle(task.closure(), task.params, engine="dual") as oracle:
+        oracle.trace_along(task.tangent())
+    assert "engine dual (thorough) (dual failed: Trying to use forward AD" in caplog.text
 
 
 def test_what_torch_cannot_differentiate_twice_falls_to_finite_differences(caplog):

@@ -15,7 +15,6 @@ from hvpopt.cli.targets import check_targets
 
 CONF = Path(hvpopt.__file__).parents[1] / "conf"
 
-# Lightning 2.6 calls a function that torch 2.13 deprecates.
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name[0] not in "._")

@@ -289,3 +289,14 @@ def test_a_failed_step_is_warned_of_once_and_training_goes_on(tmp_path):
         )
     assert len([w for w in caught if "not finite" in str(w.message)]) == 1
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_curvature_monitor_takes_the_first_batch_that_is_not_skipped(tmp_path):
+    class SkipsFirst(Square):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch)
+
+    monitor = CurvatureMonitor(every_n_steps=1)
+    _, trainer, _ = fit(torch.optim.SGD, tmp_path, module=SkipsFirst, callbacks=[monitor])
+    assert len(logged(trainer, "curvature/trace")) > 0

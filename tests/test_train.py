@@ -24,8 +24,6 @@ from hvpopt.lightning.modules import Autoencoder, Classifier
 from hvpopt.lightning.resume import RandomState, check_checkpoint
 from hvpopt.lightning.train import train
 
-# Lightning 2.6 calls a function that torch 2.13 deprecates.
-
 # The optimizers whose runs must resume bit for bit.
 RESUMABLE = {
     "newton_cg": hvpopt.NewtonCG,

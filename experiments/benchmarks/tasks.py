@@ -63,6 +63,8 @@ def tasks(problem: Problem, bound: FlopBound) -> Iterator[list[Task]]:
             functional_repeated,
             *(_one_shot(problem, e, "ggn", ONE_SHOT_GGN, bound.one_shot_ggn) for e in ggn_engines),
             _functional_ggn(problem, bound),
+            # the dual engine's Jv is forward mode, which runs the network again
+            _repeated(stack, problem, "dual", "ggn", REPEATED_GGN, bound.one_shot_ggn),
             _repeated(stack, problem, "graph", "ggn", REPEATED_GGN, bound.repeated_ggn),
         ]
 

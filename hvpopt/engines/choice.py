@@ -30,10 +30,8 @@ def _candidates(
         return [GraphEngine()]
     if requested == "finite_difference":
         return [FiniteDifferenceEngine()]
-    if use == "one product" or (curvature == "ggn" and convolves):
-        exact = [*dual, GraphEngine()]
-    else:
-        exact = [GraphEngine(), *dual]
+    forward_first = curvature == "ggn" and (convolves or use == "one product")
+    exact = [*dual, GraphEngine()] if forward_first else [GraphEngine(), *dual]
     return [*exact, FiniteDifferenceEngine()] if curvature == "hessian" else exact
 
 
@@ -41,11 +39,12 @@ class EngineChoice:
     """Remembers which engine serves a model, so that it is found once and logged once.
 
     Args:
-        requested: an engine's name, or "auto". One product a step is the dual engine's (three
-            gradients in one run), many products at one point the graph engine's (two gradients
-            each, nothing recomputed). The GGN of convolutions is always the dual engine's: their
-            forward mode costs less than the double-backward substitute, and a forward pass. What
-            these cannot differentiate falls to the next in line, finite differences last.
+        requested: an engine's name, or "auto". Which comes first is measured
+            (``hvpopt.experiments.benchmarks.hvp_cost``): the graph engine, except for the GGN
+            of convolutions, whose forward mode costs less than the double-backward substitute
+            and a forward pass, and for a single product of the GGN, where it costs no more and
+            takes less memory: those are the dual engine's. What an engine cannot differentiate
+            falls to the next, finite differences last.
 
     Raises:
         ValueError: for an unknown name.
