@@ -103,6 +103,7 @@ class CurvatureMonitor(L.Callback):
         self._num_probes = int(check_range("num_probes", num_probes, 1))
         self._rtol = check_range("rtol", rtol, 1e-12, 1.0)
         self._probe = self._candidate = probe
+        self._batch_idx = 0
         self._on_device = False
         self._choice = EngineChoice(engine)
         self._seed = seed
@@ -131,7 +132,7 @@ class CurvatureMonitor(L.Callback):
     ) -> None:
         """Takes the first batch that is not skipped as the probe, where none was given."""
         if self._probe is None:
-            self._candidate = tree_map(_cloned, batch)
+            self._candidate, self._batch_idx = tree_map(_cloned, batch), batch_idx
 
     def on_train_batch_end(
         self,
@@ -162,7 +163,9 @@ class CurvatureMonitor(L.Callback):
         params = [p for p in pl_module.parameters() if p.requires_grad]
         generator = torch.Generator().manual_seed(self._seed)
 
-        closure = partial(_backward_of_training_step, pl_module, trainer, self._probe)
+        closure = partial(
+            _backward_of_training_step, pl_module, trainer, (self._probe, self._batch_idx)
+        )
         with ClosureOracle(closure, params, engine=self._choice, leave_no_trace=True) as oracle:
             point = oracle.trace("hessian")
             pairs = top_eigenpairs(
@@ -185,11 +188,11 @@ class CurvatureMonitor(L.Callback):
 
 
 def _backward_of_training_step(
-    pl_module: L.LightningModule, trainer: L.Trainer, batch: Any
+    pl_module: L.LightningModule, trainer: L.Trainer, arguments: tuple[Any, int]
 ) -> Tensor:
-    """A run of the module on a batch, scaled as in Lightning's own closure."""
-    arguments = (batch, 0)[: len(signature(pl_module.training_step).parameters)]
-    output: Any = trainer.strategy.training_step(*arguments)
+    """A run of the module on a batch and its index, scaled as in Lightning's own closure."""
+    accepted = len(signature(pl_module.training_step).parameters)
+    output: Any = trainer.strategy.training_step(*arguments[:accepted])
     loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
     loss = loss / trainer.accumulate_grad_batches
     loss.backward()
