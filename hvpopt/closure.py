@@ -165,8 +165,7 @@ class ClosureOracle:
         def probe(engine: Engine) -> None:
             self._probing = True
             try:
-                v = trees.scale(trees.clone(self.params), 0.0)
-                torch._foreach_add_(v, 1.0)
+                v = [torch.ones_like(p, requires_grad=False) for p in self.params]
                 if use == "one product":
                     engine.trace_along(self._runner(), v, curvature)
                 else:

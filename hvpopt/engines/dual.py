@@ -8,6 +8,7 @@ J v; the loss's curvature turns them into cotangents for a second reverse pass.
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -217,10 +218,8 @@ class DualEngine:
             return self._trace_gauss_newton(run)
         recorder = GraphRecorder(run, create_graph=False)
         run(recorder)
-        return Trace(
-            loss=torch.stack(recorder.losses).sum(),
-            batch_grad=fill(recorder.grads, run.params),
-            product=lambda v: self.trace_along(run, v, curvature)[1],
+        return replace(
+            recorder.as_trace(), product=lambda v: self.trace_along(run, v, curvature)[1]
         )
 
     def _trace_gauss_newton(self, run: Runner) -> Trace:
@@ -232,12 +231,7 @@ class DualEngine:
         split = LossSplit()
         recorder = GraphRecorder(run, split, tangents=tangents)
         run(recorder, split=split)
-        return Trace(
-            loss=torch.stack(recorder.losses).sum(),
-            batch_grad=fill(recorder.grads, run.params),
-            product=recorder.product,
-            has_remainder=recorder.has_remainder,
-        )
+        return recorder.as_trace()
 
     def trace_along(
         self, run: Runner, v: TensorList, curvature: Curvature

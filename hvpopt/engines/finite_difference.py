@@ -11,6 +11,7 @@ which the Hessian does not.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,11 +37,7 @@ class FiniteDifferenceEngine:
             )
         recorder = GraphRecorder(run, create_graph=False)
         run(recorder)
-        return Trace(
-            loss=torch.stack(recorder.losses).sum(),
-            batch_grad=fill(recorder.grads, run.params),
-            product=lambda v: self._product(run, v),
-        )
+        return replace(recorder.as_trace(), product=lambda v: self._product(run, v))
 
     def trace_along(
         self, run: Runner, v: TensorList, curvature: Curvature

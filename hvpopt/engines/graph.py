@@ -129,7 +129,10 @@ class GraphRecorder:
         return [_plus(a, b) for a, b in zip(pulled, outer[num_cuts:], strict=True)]
 
     def _write(self, leaves: TensorList, grads: Sequence[Tensor | None]) -> None:
-        """Adds to each leaf's ``.grad`` what ``loss.backward()`` would have added."""
+        """Adds to each leaf's ``.grad`` what ``loss.backward()`` would have added.
+
+        Under data parallelism the parameters' are then averaged; other leaves may be inputs.
+        """
         with torch.no_grad():
             for leaf, g in zip(leaves, grads, strict=True):
                 if g is not None:
@@ -138,9 +141,18 @@ class GraphRecorder:
         sparse = any(g is not None and g.layout != torch.strided for g in grads)
         if self._run.size == 1 or sparse:  # the optimizer refuses sparse ones
             return
-        means = self._run.average(fill([leaf.grad for leaf in leaves], leaves))
-        for leaf, mean in zip(leaves, means, strict=True):
-            leaf.grad = mean
+        means = self._run.average(fill([p.grad for p in self._params], self._params))
+        for p, mean in zip(self._params, means, strict=True):
+            p.grad = mean
+
+    def as_trace(self) -> Trace:
+        """What was recorded."""
+        return Trace(
+            loss=torch.stack(self.losses).sum(),
+            batch_grad=fill(self.grads, self._params),
+            product=self.product,
+            has_remainder=self.has_remainder,
+        )
 
     def product(self, v: TensorList) -> TensorList:
         """The Hessian or GGN of the summed losses times ``v``."""
@@ -190,12 +202,7 @@ class GraphEngine:
         if not self._is_checked:
             _check_twice_differentiable(recorder.roots)
             self._is_checked = True
-        return Trace(
-            loss=torch.stack(recorder.losses).sum(),
-            batch_grad=fill(recorder.grads, run.params),
-            product=recorder.product,
-            has_remainder=recorder.has_remainder,
-        )
+        return recorder.as_trace()
 
     def trace_along(
         self, run: Runner, v: TensorList, curvature: Curvature
