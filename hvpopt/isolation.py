@@ -28,15 +28,17 @@ from hvpopt.silence import silenced, trainer_of
 _INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 
-def _copy(value: Any) -> Any:
-    """A copy that changes of ``value``, or of what a container in it holds, do not reach."""
+def _copy(value: Any, depth: int = 4) -> Any:
+    """A copy that changes of ``value``, or of containers in it, so many deep, do not reach."""
     if isinstance(value, Tensor):
         return value if value.requires_grad else value.detach().clone()
     if isinstance(value, (list, dict, set, deque)):
+        if depth == 0:
+            return value
         duplicate: Any = copy.copy(value)  # keeps the type: AttributeDict, defaultdict
         if not isinstance(value, set):
             for key, content in value.items() if isinstance(value, dict) else enumerate(value):
-                duplicate[key] = _copy(content)
+                duplicate[key] = _copy(content, depth - 1)
         return duplicate
     if isinstance(value, torch.Generator):
         return value.clone_state()

@@ -27,6 +27,8 @@ class Hoarder(nn.Module):
         self.layer = nn.Linear(3, 3)
         self.history = {"loss": []}
         self.by_name = defaultdict(list)
+        self.cycle = [1]
+        self.cycle.append(self.cycle)
         self.queue = deque(maxlen=3)
         self.array = np.zeros(2)
         self.generator = torch.Generator().manual_seed(1)
