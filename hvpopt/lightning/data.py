@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 
 import lightning
@@ -41,8 +42,9 @@ class _InMemoryImages(lightning.LightningDataModule):
         self.num_train = None if num_train is None else _at_least_one("num_train", num_train)
         self._splits: dict[str, _Split] = {}
 
+    @abstractmethod
     def _load(self) -> dict[str, _Split]:
-        raise NotImplementedError
+        """The splits train, val and test."""
 
     def setup(self, stage: str | None = None) -> None:
         """Loads and splits the data, once."""
