@@ -1,7 +1,9 @@
 """What a closure's further runs must not leave behind."""
 
 import copy
+import gc
 import random
+import weakref
 from collections import defaultdict, deque
 
 import numpy as np
@@ -194,12 +196,12 @@ def test_hooks_on_parameters_fire_once_a_run_and_leave_products_alone():
     assert float(task.params[0].grad.abs().max()) <= 1e-3
 
 
-def test_a_lost_graph_is_not_kept_by_cycles_or_by_the_returned_loss():
-    import gc
-    import weakref
-
+@pytest.mark.parametrize("make", [hvpopt.NewtonCG, hvpopt.SMD])
+@pytest.mark.parametrize("engine", ["graph", "dual"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_no_graph_outlives_its_step_in_a_cycle_or_in_the_returned_loss(make, engine, curvature):
     task = problem("mlp")
-    optimizer = hvpopt.NewtonCG(task.params, curvature="hessian", engine="graph")
+    optimizer = make(task.params, curvature=curvature, engine=engine)
     nodes = []
 
     def closure():

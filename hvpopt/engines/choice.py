@@ -97,6 +97,7 @@ class EngineChoice:
                 why += " with convolutions"
             if failures:
                 why = "; ".join(f"{name} failed: {_line(e)}" for name, e in failures.items())
+            failures.clear()  # their tracebacks hold this frame, and with it the failed graphs
             logger.info("Products of the %s by engine %s (%s).", curvature, engine.name, why)
             return engine
         first = next(iter(failures.values()))
