@@ -4,6 +4,7 @@ import gc
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -93,7 +94,11 @@ def peak_bytes(task: Callable[[], object], device: torch.device) -> int:
         if event.name() == "[memory]"
     )
     held = highest = 0
+    alive: Counter[int] = Counter()  # by size
     for _, size in records:
+        if size < 0 and not alive[-size]:
+            continue  # allocated before the profile, if the record is of this profile at all
+        alive[abs(size)] += 1 if size > 0 else -1
         held += size
         highest = max(highest, held)
     return highest
