@@ -196,6 +196,17 @@ def test_hooks_on_parameters_fire_once_a_run_and_leave_products_alone():
     assert float(task.params[0].grad.abs().max()) <= 1e-3
 
 
+@pytest.mark.parametrize("engine", ["graph", "dual", "finite_difference"])
+def test_hooks_that_wait_for_a_gradient_see_it_once(engine):
+    task = problem("mlp")
+    seen = []
+    task.params[0].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    with ClosureOracle(task.closure(), task.params, engine=engine) as oracle:
+        oracle.trace().product(task.tangent())
+        oracle.evaluate()
+    torch.testing.assert_close(seen, [task.params[0].grad])
+
+
 @pytest.mark.parametrize("make", [hvpopt.NewtonCG, hvpopt.SMD])
 @pytest.mark.parametrize("engine", ["graph", "dual"])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
 from hvpopt.engines.split import NO_SPLIT, Curvature, LossSplit, SplitNotFoundError
-from hvpopt.engines.support import graph_nodes, hooked, without_hooks
+from hvpopt.engines.support import announce_accumulated, graph_nodes, hooked, without_hooks
 from hvpopt.trees import TensorList
 
 Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
@@ -139,11 +139,14 @@ class GraphRecorder:
                     g = hooked(leaf, g.detach()) if self._run.is_first else g.detach()
                     leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
         sparse = any(g is not None and g.layout != torch.strided for g in grads)
-        if self._run.size == 1 or sparse:  # the optimizer refuses sparse ones
-            return
-        means = self._run.average(fill([p.grad for p in self._params], self._params))
-        for p, mean in zip(self._params, means, strict=True):
-            p.grad = mean
+        if self._run.size > 1 and not sparse:  # the optimizer refuses sparse ones
+            means = self._run.average(fill([p.grad for p in self._params], self._params))
+            for p, mean in zip(self._params, means, strict=True):
+                p.grad = mean
+        if self._run.is_first:
+            for leaf, g in zip(leaves, grads, strict=True):
+                if g is not None:
+                    announce_accumulated(leaf)
 
     def as_trace(self) -> Trace:
         """What was recorded."""

@@ -109,3 +109,10 @@ def hooked(leaf: Tensor, grad: Tensor) -> Tensor:
         changed = hook(grad)
         grad = grad if changed is None else changed
     return grad
+
+
+def announce_accumulated(leaf: Tensor) -> None:
+    """Calls the hooks that wait for a leaf's ``.grad``."""
+    hooks = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
+    for hook in list(hooks.values()):
+        hook(leaf)
