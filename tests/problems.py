@@ -156,3 +156,17 @@ PROBLEMS = ["mlp", "batchnorm", "groupnorm", "dropout", "transformer", "lstm", "
 
 def flat(vector: list[Tensor]) -> Tensor:
     return torch.cat([v.detach().reshape(-1) for v in vector])
+
+
+def closure_of(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
+) -> Callable[[], Tensor]:
+    """The usual closure."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure

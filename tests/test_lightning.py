@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
+from problems import flat, problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -300,3 +301,48 @@ def test_curvature_monitor_takes_the_first_batch_that_is_not_skipped(tmp_path):
     monitor = CurvatureMonitor(every_n_steps=1)
     _, trainer, _ = fit(torch.optim.SGD, tmp_path, module=SkipsFirst, callbacks=[monitor])
     assert len(logged(trainer, "curvature/trace")) > 0
+
+
+@pytest.mark.parametrize("name", ["newton_cg", "smd"])
+def test_manual_optimization_steps_with_a_closure_as_automatic_does(tmp_path, name):
+    class Manual(Ordinary):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+
+            def closure():
+                loss = super(Manual, self).training_step(batch, batch_idx)["loss"]
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure=closure)
+
+    manual = fit(OPTIMIZERS[name], tmp_path / "manual", module=Manual)
+    expected = fit(OPTIMIZERS[name], tmp_path / "automatic")
+    assert manual[0].num_calls == expected[0].num_calls == 8
+    for ours, theirs in zip(manual[0].parameters(), expected[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("make", [hvpopt.NewtonCG, hvpopt.SMD])
+def test_fabric_steps_as_plain_torch_does(make):
+    results = []
+    for fabric in (None, L.Fabric(accelerator="cpu", devices=1)):
+        task = problem("mlp")
+        net, optimizer = task.net, make(task.params)
+        if fabric is not None:
+            net, optimizer = fabric.setup(net, optimizer)
+        backward = torch.Tensor.backward if fabric is None else fabric.backward
+
+        def closure(net=net, optimizer=optimizer, backward=backward, task=task):
+            optimizer.zero_grad()
+            loss = task.loss(net(task.x))
+            backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append(flat(task.params))
+    assert torch.equal(*results)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import flat, problem
+from problems import closure_of, flat, problem
 from torch import nn
 
 import hvpopt
@@ -32,16 +32,6 @@ def quadratic(seed=0, n=6):
         return 0.5 * d @ A @ d
 
     return A, c, [w, b], loss
-
-
-def closure_of(optimizer, loss):
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
 
 
 def test_one_undamped_step_solves_a_quadratic():

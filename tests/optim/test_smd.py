@@ -3,22 +3,11 @@ import math
 
 import pytest
 import torch
-from problems import flat, problem
+from problems import closure_of, flat, problem
 from torch import nn
 
 import hvpopt
 from hvpopt.optim.report import Outcome
-
-
-def closure_of(optimizer, loss):
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
-
 
 A = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
 B = torch.tensor([1.0, -1.0], dtype=torch.float64)
