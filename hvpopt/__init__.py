@@ -4,9 +4,18 @@ Importing this imports torch alone; Lightning and Hydra load where they are used
 """
 
 from hvpopt.closure import ClosureOracle
+from hvpopt.dual import dual
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.newton_cg import NewtonCG
 from hvpopt.optim.report import NewtonCGReport
 from hvpopt.optim.smd import SMD, SMDReport
 
-__all__ = ["SMD", "ClosureOracle", "LinearizedClosure", "NewtonCG", "NewtonCGReport", "SMDReport"]
+__all__ = [
+    "SMD",
+    "ClosureOracle",
+    "LinearizedClosure",
+    "NewtonCG",
+    "NewtonCGReport",
+    "SMDReport",
+    "dual",
+]

@@ -156,8 +156,12 @@ class World:
             yield
 
     @contextmanager
-    def further_run(self) -> Iterator[None]:
-        """A run that starts where the first one started, and whose traces are removed."""
+    def further_run(self) -> Iterator[list[nn.Module]]:
+        """A run that starts where the first one started, and whose traces are removed.
+
+        Yields a list that the modules that are called gather in.
+        """
+        called: list[nn.Module] = []
         held = [p for module in self.modules for p in module._parameters.values()]
         grads = {p: p.grad for p in (*self._params, *held) if p is not None}
         with ExitStack() as stack:
@@ -172,6 +176,7 @@ class World:
                     stack.enter_context(module.no_sync())  # its gradients are thrown away
 
             def meet(module: nn.Module) -> None:
+                called.append(module)
                 for part in self._meet(module):
                     isolate(part)
 
@@ -181,7 +186,7 @@ class World:
             for module in self.modules:
                 isolate(module)
             with _before_each_call(meet):
-                yield
+                yield called
 
     @property
     def accumulation(self) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -43,23 +42,78 @@ def check_like(tree: Any, like: Any, what: str, what_like: str) -> None:
     Raises:
         ValueError: If it differs, naming the first leaf that does.
     """
-    leaves, expected = pytree.tree_leaves_with_path(tree), pytree.tree_leaves_with_path(like)
+    _check_structure(tree, like, what, what_like)
+    _check_leaves(tree, like, what, what_like, leading=())
+
+
+def num_directions(tree: Any, like: Any, what: str, what_like: str) -> int | None:
+    """How many directions a tree holds, each of the structure, shapes, dtypes of ``like``.
+
+    Returns:
+        None for one direction of the very shapes of ``like``; k where every leaf has one more
+        dimension, its first, of size k.
+
+    Raises:
+        ValueError: If it is neither, naming the first leaf that does not fit; if the leaves hold
+            different numbers of directions, or none.
+    """
+    _check_structure(tree, like, what, what_like)
+    leaves, expected = pytree.tree_leaves_with_path(tree), pytree.tree_leaves(like)
+    are_stacked = [
+        isinstance(x, Tensor) and x.dim() == y.dim() + 1 and x.shape[1:] == y.shape
+        for (_, x), y in zip(leaves, expected, strict=True)
+    ]
+    if not all(are_stacked):
+        _check_leaves(tree, like, what, what_like, leading=(), or_stacked=True)
+        return None
+    k = leaves[0][1].shape[0]
+    for path, x in leaves:
+        if x.shape[0] != k:
+            raise ValueError(
+                f"{what}{pytree.keystr(path)} holds {x.shape[0]} directions in its first "
+                f"dimension, {what}{pytree.keystr(leaves[0][0])} {k}; expected the same number "
+                "in every leaf."
+            )
+    if k == 0:
+        raise ValueError(f"{what} holds no direction: its leaves' first dimension has size 0.")
+    _check_leaves(tree, like, what, what_like, leading=(k,))
+    return k
+
+
+def _check_structure(tree: Any, like: Any, what: str, what_like: str) -> None:
     if pytree.tree_structure(tree) != pytree.tree_structure(like):
+        leaves, expected = map(pytree.tree_leaves_with_path, (tree, like))
         raise ValueError(
             f"{what} has the leaves {_names(leaves)}, but {what_like} {_names(expected)}; "
             "expected the same structure."
         )
-    for (path, x), (_, y) in zip(leaves, expected, strict=True):
+
+
+def _check_leaves(
+    tree: Any,
+    like: Any,
+    what: str,
+    what_like: str,
+    *,
+    leading: tuple[int, ...],
+    or_stacked: bool = False,
+) -> None:
+    leaves, expected = pytree.tree_leaves_with_path(tree), pytree.tree_leaves(like)
+    for (path, x), y in zip(leaves, expected, strict=True):
         name = what + pytree.keystr(path)
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor.")
-        for kind in ("shape", "dtype", "device"):
+        if x.shape != (*leading, *y.shape):
+            k_more = ", ".join(["k", *map(str, y.shape)]) + ("" if y.shape else ",")
+            stacked = f", or ({k_more}) in every leaf for k directions" if or_stacked else ""
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected {(*leading, *y.shape)} as in "
+                f"{what_like}{stacked}."
+            )
+        for kind in ("dtype", "device"):
             given, wanted = getattr(x, kind), getattr(y, kind)
             if given != wanted:
-                raise ValueError(
-                    f"{name} has {kind} {_shown(given)}; expected {_shown(wanted)} as in "
-                    f"{what_like}."
-                )
+                raise ValueError(f"{name} has {kind} {given}; expected {wanted} as in {what_like}.")
 
 
 def scalar_valued(f: Callable[..., Any], what: str) -> Callable[..., Tensor]:
@@ -93,7 +147,3 @@ def _names(leaves: list[tuple[Any, Any]]) -> str:
     """The leaves' places, as one sees them in an error."""
     shown = [pytree.keystr(path) or "(itself)" for path, _ in leaves]
     return "[" + ", ".join(shown[:8]) + (", …]" if len(shown) > 8 else "]")
-
-
-def _shown(value: Any) -> str:
-    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

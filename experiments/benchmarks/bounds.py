@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from hvpopt.engines.support import differentiable_kernels
 
 from .models import Problem
 
@@ -58,9 +59,10 @@ class FlopBound:
 def flop_bound(problem: Problem) -> FlopBound:
     """Counts one gradient of the problem with ``torch.utils.flop_counter``.
 
-    Attention is counted by its plain matrix products, not by a fused kernel that recomputes.
+    Attention and recurrent layers are counted by their plain matrix products, not by fused
+    kernels, which the counter does not see or which recompute.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with differentiable_kernels():
         with FlopCounterMode(display=False) as forward:
             problem.loss(problem.module(problem.inputs))
         with FlopCounterMode(display=False) as gradient:

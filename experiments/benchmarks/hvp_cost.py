@@ -1,117 +1,71 @@
 """Cost of second-order products in gradients: ``python -m hvpopt.experiments.benchmarks.hvp_cost``.
 
 For each network and each engine: the time of a product and its peak memory, as ratios to one
-gradient measured in the same run, beside the bound from counted floating-point operations.
+gradient measured in the same run, beside the bound from counted floating-point operations. With
+``--peers`` other libraries too, several vectors at once, and the overhead of tiny products.
 """
 
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import models
+from . import jax_process, tiny
 from .bounds import flop_bound
-from .models import Problem
-from .tasks import Task, tasks
-from .timing import interleaved_times, peak_bytes
+from .measure import Measurement
+from .models import FULL, QUICK
+from .peers import many_vector_peer_tasks, peer_tasks
+from .report import Report, table, verdict
+from .tasks import COUNTS, compiled_tasks, further_tasks, many_vector_tasks, tasks
 
-FULL: dict[str, Callable[[torch.device], Problem]] = {
-    "mlp": models.mlp,
-    "cnn": models.cnn,
-    "gpt": models.gpt,
-}
-QUICK: dict[str, Callable[[torch.device], Problem]] = {
-    "mlp": partial(models.mlp, batch=64, width=64),
-    "cnn": partial(models.cnn, batch=8, width=8),
-    "gpt": partial(models.gpt, batch=2, length=16, layers=2, width=32),
-}
+PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "jax")
+SECONDS = 3.0
+"""With ``--peers``, rounds of timing end after so long, so that all end within ten minutes."""
+QUICK_SECONDS, QUICK_COUNTS = 0.2, (8,)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One engine at one product; ratios are to one gradient."""
-
-    what: str
-    engine: str
-    time_ratio: float
-    time_ratio_min: float
-    time_ratio_max: float
-    memory_ratio: float
-    flop_bound: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """One network."""
-
-    model: str
-    num_parameters: int
-    gradient_seconds: float
-    gradient_peak_mib: float
-    gradient_flops: int
-    rows: list[Row]
-
-
-def measure(problem: Problem, device: torch.device, *, repeats: int) -> Report:
-    """Times and memories of all tasks of one network."""
-
-    def peak(task: Callable[[], object]) -> int:
-        problem.module.zero_grad()
-        return peak_bytes(task, device)
-
+def measure(
+    name: str,
+    device: torch.device,
+    *,
+    repeats: int,
+    quick: bool = False,
+    peers: bool = False,
+    compiled: bool = False,
+) -> Report:
+    """Times and memories of all products of one network of `models.FULL`, or of its quick form."""
+    problem = (QUICK if quick else FULL)[name](device)
     bound = flop_bound(problem)
-    problem.closure()
-    gradient_peak = peak(problem.closure)
-    with tasks(problem, bound) as entries:
-        runs: dict[str, Callable[[], object]] = {"gradient": problem.closure}
-        runs.update({_key(task): task.run for task in entries})
-        times = interleaved_times(runs, repeats=repeats, device=device)
-    with tasks(problem, bound) as entries:
-        rows = [
-            Row(
-                task.what,
-                task.engine,
-                *times[_key(task)].ratios_to(times["gradient"]),
-                peak(task.whole) / gradient_peak,
-                task.bound,
-            )
-            for task in entries
-        ]
-    return Report(
-        model=problem.name,
-        num_parameters=sum(p.numel() for p in problem.module.parameters()),
-        gradient_seconds=times["gradient"].median,
-        gradient_peak_mib=gradient_peak / 2**20,
-        gradient_flops=bound.forward + bound.backward,
-        rows=rows,
+    entries = tasks(bound)
+    if compiled:
+        entries += compiled_tasks(bound)
+    if not peers:
+        return Measurement(problem, entries, bound, device, repeats=repeats).report()
+    entries += [*further_tasks(bound), *peer_tasks(bound)]
+    for count in QUICK_COUNTS if quick else COUNTS:
+        entries += [*many_vector_tasks(bound, count), *many_vector_peer_tasks(bound, count)]
+    seconds = QUICK_SECONDS if quick else SECONDS
+    measurement = Measurement(problem, entries, bound, device, repeats=repeats, seconds=seconds)
+    report = measurement.report()
+    jax = jax_process.measure(
+        name,
+        problem,
+        bound,
+        measurement.expected,
+        device,
+        counts=() if quick else COUNTS,
+        repeats=repeats,
+        seconds=seconds / 2,  # of each way, of which there are a few to a product
+        compile_seconds=2.0 if quick else 30.0,
     )
-
-
-def table(report: Report) -> str:
-    """The report as text."""
-    lines = [
-        f"{report.model}: {report.num_parameters:,} parameters; one gradient takes "
-        f"{1e3 * report.gradient_seconds:.2f} ms, {report.gradient_peak_mib:.1f} MiB and "
-        f"{report.gradient_flops / 1e9:.2f} GFLOP",
-        f"  {'engine':<24}{'time':>7}{'least':>8}{'most':>8}{'bound':>8}{'memory':>9}",
-    ]
-    what = ""
-    for row in report.rows:
-        if row.what != what:
-            what = row.what
-            lines.append(f"  {what}")
-        lines.append(
-            f"    {row.engine:<22}{row.time_ratio:>7.2f}{row.time_ratio_min:>8.2f}"
-            f"{row.time_ratio_max:>8.2f}{row.flop_bound:>8.2f}{row.memory_ratio:>9.2f}"
-        )
-    return "\n".join(lines)
+    return jax_process.joined(report, jax)
 
 
 def machine(device: torch.device) -> str:
@@ -140,6 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     parser.add_argument("--quick", action="store_true", help="tiny networks: a check, no numbers")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="other libraries beside hvpopt, products with 8 and 32 vectors, the overhead of "
+        "tiny products, and a verdict (pip install 'hvpopt[bench]')",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too, which takes minutes"
+    )
     options = parser.parse_args(argv)
     repeats = options.repeats if options.repeats is not None else (2 if options.quick else 20)
     if repeats < 1:
@@ -148,36 +111,91 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.parent}")
 
-    head: dict[str, Any] = {
+    head = _head(device, repeats, quick=options.quick, peers=options.peers)
+    print(_title(head), flush=True)
+    reports = []
+    content: dict[str, Any] = {}
+    with _full_precision(device):
+        for name in options.models:
+            reports.append(
+                measure(
+                    name,
+                    device,
+                    repeats=repeats,
+                    quick=options.quick,
+                    peers=options.peers,
+                    compiled=options.compile,
+                )
+            )
+            print("\n" + table(reports[-1], peers=options.peers), flush=True)
+        content["models"] = [asdict(report) for report in reports]
+        if options.peers:
+            overheads = tiny.measure(device, quick=options.quick)
+            print("\n" + tiny.table(overheads), flush=True)
+            print("\n" + verdict(reports), flush=True)
+            content["tiny"] = [asdict(overhead) for overhead in overheads]
+    if options.json is not None:
+        options.json.write_text(
+            json.dumps({**head, **content}, indent=2, ensure_ascii=False) + "\n"
+        )
+
+
+def _head(device: torch.device, repeats: int, *, quick: bool, peers: bool) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hvpopt": version("hvpopt"),
+    }
+    if peers:
+        versions |= {name: _version(name) for name in PEERS}
+    return {
         "machine": machine(device),
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "hvpopt": version("hvpopt"),
-        },
+        "versions": versions,
         "repeats": repeats,
-        "quick": options.quick,
+        "quick": quick,
     }
-    threads = f", {head['threads']} threads" if device.type == "cpu" else ""
-    print(
-        f"{head['machine']}{threads}, torch {torch.__version__}, float32. Ratios to one gradient "
-        f"in the same run:\nmedian, least and largest of {repeats} rounds; memory is the peak "
-        "above the model's."
-    )
-    reports = []
-    for name in options.models:
-        problem = (QUICK if options.quick else FULL)[name](device)
-        reports.append(measure(problem, device, repeats=repeats))
-        print("\n" + table(reports[-1]), flush=True)
-    if options.json is not None:
-        content = {**head, "models": [asdict(report) for report in reports]}
-        options.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _key(task: Task) -> str:
-    return f"{task.what}: {task.engine}"
+def _title(head: dict[str, Any]) -> str:
+    threads = f", {head['threads']} threads" if head["device"] == "cpu" else ""
+    peers = [f"{name} {head['versions'][name]}" for name in PEERS if name in head["versions"]]
+    lines = [
+        f"{head['machine']}{threads}, torch {head['versions']['torch']}, float32. Ratios to one "
+        f"gradient in the same run:\nmedian, least and largest of {head['repeats']} rounds; "
+        "memory is the peak above the model's."
+    ]
+    if peers:
+        lines += [
+            f"With {', '.join(peers)}. Fewer rounds where a product takes long, one where longer.",
+            '"build": what a repeated product builds once took so many gradients. "error": against',
+            'engine "graph", relative. Several vectors: each; one by one, 32 take what 8 took.',
+            "JAX runs in a process of its own; its ratios are to its own compiled gradient.",
+        ]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """On CUDA, convolutions without TF32, which would blur the comparison of products."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _device(name: str, refuse: Callable[[str], Any]) -> torch.device:

@@ -7,9 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,31 @@ def interleaved_times(
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(-warmup, repeats):
         for name, task in tasks.items():
-            _wait(device)
-            start = time.perf_counter()
-            task()
-            _wait(device)
+            taken = timed(task, device)[1]
             if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def timed(task: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What the task returns, and the seconds that it takes."""
+    _wait(device)
+    start = time.perf_counter()
+    result = task()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that an allocation could still take: the device's, or the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_bytes(task: Callable[[], object], device: torch.device) -> int:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from hvpopt.engines.interception import Backward
 from hvpopt.engines.split import Curvature, LossSplit
@@ -29,6 +30,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def wants_gradient(self) -> bool:
+        """Whether what the run under way leaves in ``p.grad`` is looked at."""
+        ...
+
+    @property
     def other_leaves(self) -> TensorList:
         """In the run that counts, what else ``loss.backward()`` would give gradients."""
         ...
@@ -41,6 +47,10 @@ class Runner(Protocol):
         around: AbstractContextManager[object] | None = None,
     ) -> None:
         """One run, inside the context ``around``, with ``on_backward`` as its backward."""
+        ...
+
+    def recomputation(self) -> AbstractContextManager[object]:
+        """A context for products that may run parts of the closure again."""
         ...
 
     def average(self, tensors: Sequence[Tensor]) -> TensorList:
@@ -89,12 +99,35 @@ def fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> TensorList:
     ]
 
 
+def reverse(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` with ``allow_unused``, during which function modes stay active.
+
+    That is itself a torch function, and a mode rests while it handles one: a checkpointed layer
+    would run again with other functions than the first time.
+    """
+    # the engine's own arguments: allow_unreachable, accumulate_grad
+    return list(
+        _engine_run_backward(
+            tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs),
+            allow_unreachable=True, accumulate_grad=False,
+        )
+    )  # fmt: skip
+
+
 def vjp(
     outputs: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
     *,
     create_graph: bool = False,
+    retain_graph: bool = True,
 ) -> list[Tensor | None]:
     """Σᵢ (∂outputᵢ/∂input)ᵀ cotangentᵢ for each input; None where no output depends on it."""
     pairs = [
@@ -104,15 +137,12 @@ def vjp(
     ]
     if not pairs:
         return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [c.to(o.dtype) for o, c in pairs],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+    return reverse(
+        [o for o, _ in pairs],
+        inputs,
+        [c.to(o.dtype) for o, c in pairs],
+        retain_graph=retain_graph,
+        create_graph=create_graph,
     )
 
 

@@ -1,16 +1,17 @@
 """The choice of an engine: by what the caller needs and by what the model supports."""
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Literal, get_args
 
 import torch
 
 from hvpopt.engines.base import Engine
+from hvpopt.engines.blame import line, none_serves
 from hvpopt.engines.dual import DualEngine, RemainderError
 from hvpopt.engines.finite_difference import FiniteDifferenceEngine
 from hvpopt.engines.graph import GraphEngine
-from hvpopt.engines.split import Curvature
+from hvpopt.engines.split import Curvature, curvature_name
 
 logger = logging.getLogger("hvpopt")
 
@@ -30,7 +31,7 @@ def _candidates(
         return [GraphEngine()]
     if requested == "finite_difference":
         return [FiniteDifferenceEngine()]
-    forward_first = curvature == "ggn" and (convolves or use == "one product")
+    forward_first = curvature != "hessian" and (convolves or use == "one product")
     exact = [*dual, GraphEngine()] if forward_first else [GraphEngine(), *dual]
     return [*exact, FiniteDifferenceEngine()] if curvature == "hessian" else exact
 
@@ -58,6 +59,7 @@ class EngineChoice:
             )
         self.requested = requested
         self.has_checked_graph = False
+        self.recomputes: bool | None = None
         self._chosen: dict[tuple[Use, Curvature, Hashable], Engine] = {}
 
     def __call__(
@@ -73,9 +75,10 @@ class EngineChoice:
 
         A choice holds for what it was made ``of``, the set of parameters.
         """
-        key = (use, curvature, of)
+        name = curvature_name(curvature)  # whatever is sampled
+        key = (use, name, of)
         if key not in self._chosen:
-            self._chosen[key] = self._find(probe, use, curvature, convolves)
+            self._chosen[key] = self._find(probe, use, name, convolves)
         return self._chosen[key]
 
     def _find(
@@ -93,19 +96,22 @@ class EngineChoice:
                     failures[engine.name] = error
                     continue
             why = f"asked for, for {use}" if self.requested != "auto" else f"best for {use}"
-            if self.requested == "auto" and convolves and curvature == "ggn":
+            if self.requested == "auto" and convolves and curvature != "hessian":
                 why += " with convolutions"
             if failures:
-                why = "; ".join(f"{name} failed: {_line(e)}" for name, e in failures.items())
+                why = _reasons(failures)
             failures.clear()  # their tracebacks hold this frame, and with it the failed graphs
             logger.info("Products of the %s by engine %s (%s).", curvature, engine.name, why)
             return engine
-        first = next(iter(failures.values()))
-        if len({_line(error) for error in failures.values()}) == 1:
-            raise first  # not a matter of engines
-        tried = "; ".join(f"{name}: {_line(error)}" for name, error in failures.items())
-        raise RuntimeError(f"No engine can differentiate this closure twice ({tried}).") from first
+        errors = list(failures.values())
+        if self.requested != "auto" or len(set(map(line, errors))) == 1:
+            raise errors[-1]  # of the engine in its most able form; or not a matter of engines
+        raise none_serves(failures, curvature) from errors[0]
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def _reasons(failures: Mapping[str, Exception]) -> str:
+    """Why the engines failed, those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for name, error in failures.items():
+        names.setdefault(line(error), []).append(name)
+    return "; ".join(f"{' and '.join(those)} failed: {reason}" for reason, those in names.items())

@@ -32,8 +32,8 @@ class FiniteDifferenceEngine:
         """Loss and gradient from one run; each product is two more."""
         if curvature != "hessian":
             raise ValueError(
-                "Finite differences of the gradient give the Hessian, not the GGN: choose "
-                "curvature='hessian', or engine='graph' or 'dual'."
+                "Finite differences of the gradient give the Hessian, not the GGN or a Fisher: "
+                "choose curvature='hessian', or engine='graph' or 'dual'."
             )
         recorder = GraphRecorder(run, create_graph=False)
         run(recorder)

@@ -12,9 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpopt.engines.base import Runner, Trace, fill, unit_cotangent, vjp
-from hvpopt.engines.split import NO_SPLIT, Curvature, LossSplit, SplitNotFoundError
-from hvpopt.engines.support import announce_accumulated, graph_nodes, hooked, without_hooks
+from hvpopt.engines.base import Runner, Trace, fill, reverse, unit_cotangent, vjp
+from hvpopt.engines.custom_functions import check_applications, recorded_applications
+from hvpopt.engines.dual_level import check_modes_agree, derivative_along, is_rough
+from hvpopt.engines.gauss_newton import head_of
+from hvpopt.engines.split import Curvature, LossSplit
+from hvpopt.engines.support import (
+    announce_accumulated,
+    differentiable_kernels,
+    graph_nodes,
+    hooked,
+    without_hooks,
+)
 from hvpopt.trees import TensorList
 
 Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
@@ -26,7 +35,7 @@ class GraphRecorder:
     Args:
         run: whose parameters; no reducer sees gradients that ``autograd.grad`` computes, so that
             they are averaged over the ranks here.
-        split: where given, products are the GGN's, else the Hessian's.
+        split: where given, products are of its matrix, the GGN or a Fisher, else the Hessian's.
         create_graph: False for the gradient alone, without products.
         tangents: v ↦ J v at every cut of the split, by other means than the graph.
     """
@@ -49,6 +58,7 @@ class GraphRecorder:
         self.grads: list[Tensor | None] = [None] * len(self._params)
         self.has_remainder = False
         self.roots: list[Tensor | None] = []
+        self._keeps = True
 
     def __call__(self, loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
         """Takes the place of ``loss.backward()``; gradients gather in ``self.grads``."""
@@ -72,61 +82,50 @@ class GraphRecorder:
     ) -> list[Tensor | None]:
         """The gradient, and with a graph the Hessian's product as a piece."""
         params, keep = self._params, self._create_graph
-        grads: list[Tensor | None] = list(
-            torch.autograd.grad(
-                loss,
-                [*params, *others],
-                unit_cotangent(loss) if keep else None,
-                create_graph=keep,
-                retain_graph=True if keep else retain_graph,
-                allow_unused=True,
-            )
+        keep_graph = keep or bool(retain_graph)
+        one = unit_cotangent(loss) if keep else torch.ones_like(loss)
+        grads = reverse(
+            [loss], [*params, *others], [one], retain_graph=keep_graph, create_graph=keep
         )
         if keep:
             slopes = grads[: len(params)]
             self.roots += slopes
-            self._pieces.append(lambda v, _: vjp(slopes, params, v))
+            self._pieces.append(lambda v, _: vjp(slopes, params, v, retain_graph=self._keeps))
         return grads
 
     def _gauss_newton(
         self, loss: Tensor, split: LossSplit, others: TensorList
     ) -> list[Tensor | None]:
-        """The gradient by the chain rule through the cut, and the GGN's product as a piece."""
-        params, num_cuts = self._params, len(split.cuts)
+        """The gradient by the chain rule through the cut, and Jᵀ(C (J v)) as a piece."""
+        params = self._params
         inputs = [*params, *others]
-        leaves = [cut.leaf for cut in split.cuts]
-        with split.severed():
-            outer = torch.autograd.grad(
-                loss, [*leaves, *inputs], unit_cotangent(loss), create_graph=True, allow_unused=True
-            )
-        used = [i for i in range(num_cuts) if outer[i] is not None]
-        if not used:
-            raise SplitNotFoundError(NO_SPLIT)
-        leaves = [leaves[i] for i in used]
-        outputs = [split.cuts[i].output for i in used]
-        slopes = [outer[i] for i in used]
-        rest = outer[num_cuts : num_cuts + len(params)]
+        head = head_of(loss, split, inputs)
+        rest = head.rest[: len(params)]
         self.has_remainder |= any(r is not None for r in rest)
 
-        cotangents = [s.detach().requires_grad_() for s in slopes if s is not None]
-        pulled = vjp(outputs, inputs, cotangents, create_graph=self._tangents is None)
-        self.roots += [*pulled, *slopes, *rest]
+        cotangents = [s.detach().requires_grad_() for s in head.slopes]
+        pulled = vjp(head.outputs, inputs, cotangents, create_graph=self._tangents is None)
+        self.roots += [*pulled, *head.roots]
         pulled_by_params = pulled[: len(params)]
+        rough = self._tangents is not None and is_rough(loss)
 
-        # v ↦ J v, ∇²ℓ (J v), Jᵀ(∇²ℓ J v)
+        # v ↦ J v, C (J v), Jᵀ(C J v)
         def product(v: TensorList, tangents: Sequence[Tensor | None] | None) -> Sequence[Any]:
             if tangents is None:
                 along = vjp(pulled_by_params, cotangents, v)
             else:
-                along = [tangents[i] for i in used]
-            curved = vjp(slopes, leaves, along)
-            inner = vjp(outputs, params, curved)
+                along = [tangents[i] for i in head.used]
+                forward = derivative_along(head.slopes, along)
+                check_modes_agree(forward, pulled_by_params, v, rough=rough)
+            inner = vjp(head.outputs, params, head.curve(along))
+            if not head.with_rest:
+                return inner
             with split.severed():
                 outer_rest = vjp(rest, params, v)
             return [_plus(a, b) for a, b in zip(inner, outer_rest, strict=True)]
 
         self._pieces.append(product)
-        return [_plus(a, b) for a, b in zip(pulled, outer[num_cuts:], strict=True)]
+        return [_plus(a, b) for a, b in zip(pulled, head.rest, strict=True)]
 
     def _write(self, leaves: TensorList, grads: Sequence[Tensor | None]) -> None:
         """Adds to each leaf's ``.grad`` what ``loss.backward()`` would have added.
@@ -157,11 +156,13 @@ class GraphRecorder:
             has_remainder=self.has_remainder,
         )
 
-    def product(self, v: TensorList) -> TensorList:
-        """The Hessian or GGN of the summed losses times ``v``."""
-        with torch.enable_grad():
-            tangents = self._tangents(v) if self._tangents else None
-            parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
+    def product(self, v: TensorList, *, is_last: bool = False) -> TensorList:
+        """The Hessian or GGN of the summed losses times ``v``; the last may free the graph."""
+        self._keeps = not is_last or len(self._pieces) > 1
+        tangents = self._tangents(v) if self._tangents else None
+        with torch.enable_grad(), differentiable_kernels(), without_hooks(self._params):
+            with self._run.recomputation():
+                parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
         total = parts[0]
         for part in parts[1:]:
             torch._foreach_add_(total, part)
@@ -196,20 +197,26 @@ class GraphEngine:
         """Loss, gradient and as many products as wanted from one run of the closure.
 
         Raises:
-            RuntimeError: if the closure has a custom Function marked ``once_differentiable``
-                (looked for in the first trace): torch would take its gradient for constant.
+            RuntimeError: if the closure has a custom Function marked ``once_differentiable``, or
+                one that hides what its backward depends on (looked for in the first trace):
+                double backward would take its gradient for constant.
         """
-        split = LossSplit() if curvature == "ggn" else None
+        return self._recorded(run, curvature).as_trace()
+
+    def _recorded(self, run: Runner, curvature: Curvature) -> GraphRecorder:
+        split = None if curvature == "hessian" else LossSplit(curvature)
         recorder = GraphRecorder(run, split)
-        run(recorder, split=split)
+        with recorded_applications(active=not self._is_checked) as applications:
+            run(recorder, split=split)
         if not self._is_checked:
             _check_twice_differentiable(recorder.roots)
+            check_applications(applications, forward=False)
             self._is_checked = True
-        return recorder.as_trace()
+        return recorder
 
     def trace_along(
         self, run: Runner, v: TensorList, curvature: Curvature
     ) -> tuple[Tensor, TensorList]:
         """The loss and one product."""
-        trace = self.trace(run, curvature)
-        return trace.loss, trace.product(v)
+        recorder = self._recorded(run, curvature)
+        return recorder.as_trace().loss, recorder.product(v, is_last=True)

@@ -5,9 +5,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from hvpopt.engines.split import LossSplit
+from hvpopt.engines.substitutes import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 
 
 class EndOfRun(BaseException):
@@ -20,6 +22,20 @@ class Backward(Protocol):
     def __call__(self, loss: Tensor, plain: Callable[..., None], /, **kwargs: Any) -> None:
         """Handle one call."""
         ...
+
+
+def _plain_backward(
+    loss: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> None:
+    """``loss.backward(...)``, during which function modes stay active (`base.reverse`)."""
+    gradient = torch.ones_like(loss) if gradient is None else gradient
+    keep = create_graph if retain_graph is None else retain_graph
+    _engine_run_backward(
+        (loss,), (gradient,), keep, create_graph, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class Interception(TorchFunctionMode):
@@ -52,6 +68,9 @@ class Interception(TorchFunctionMode):
         if func is torch.Tensor.backward:
             self._backward(*args, **kwargs)
             return None
+        if func is not None and func is LINEAR_CROSS_ENTROPY:
+            with self:  # the split sees the loss inside
+                return linear_cross_entropy(*args, **kwargs)
         if self._split is not None and self._split.handles(func):
             return self._split(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -78,7 +97,7 @@ class Interception(TorchFunctionMode):
         if gradient is not None:
             loss = loss * gradient
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
-        self._on_backward(loss.reshape(()), torch.Tensor.backward, **options)
+        self._on_backward(loss.reshape(()), _plain_backward, **options)
         self.num_backwards += 1
         if self.num_backwards == self._stop_after:
             raise EndOfRun

@@ -14,15 +14,19 @@ is the Hessian of what bypasses the loss functions, a penalty on the weights, sa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hvpopt.engines.support import graph_nodes
+from hvpopt.likelihoods import FisherKind, MonteCarlo
 
-Curvature = Literal["hessian", "ggn"]
+CurvatureName = Literal["hessian", "ggn", "fisher", "fisher_mc", "empirical_fisher"]
+Curvature = CurvatureName | MonteCarlo
+"""A curvature matrix by name; `MonteCarlo` is "fisher_mc" with other than one sample of seed 0."""
 
 _CONVEX = frozenset(
     (
@@ -42,6 +46,12 @@ _CONVEX = frozenset(
 _LINEAR = frozenset((F.nll_loss, F.kl_div))
 _LOG_SOFTMAX = frozenset((F.log_softmax, torch.log_softmax, Tensor.log_softmax))
 
+_FISHER_KINDS: dict[CurvatureName, FisherKind] = {
+    "fisher": "exact",
+    "fisher_mc": "monte_carlo",
+    "empirical_fisher": "empirical",
+}
+
 NO_SPLIT = (
     "The GGN needs to know which tensor is the network's output, and found no call of a convex "
     "loss function of torch.nn.functional in the closure (it knows "
@@ -53,6 +63,23 @@ NO_SPLIT = (
 
 class SplitNotFoundError(ValueError):
     """Raised where a GGN is asked for and no loss function was called."""
+
+
+def curvature_name(curvature: Curvature) -> CurvatureName:
+    """The name of a curvature matrix.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(curvature, MonteCarlo):
+        return "fisher_mc"
+    names = get_args(CurvatureName)
+    if curvature not in names:
+        raise ValueError(
+            f"curvature={curvature!r} is unknown: choose one of {', '.join(map(repr, names))}, or "
+            "a hvpopt.likelihoods.MonteCarlo."
+        )
+    return curvature
 
 
 class _Severance:
@@ -82,14 +109,43 @@ class Cut:
     leaf: Tensor
 
 
+@dataclass(frozen=True)
+class LossCall:
+    """A call of a loss function whose value depends on the parameters.
+
+    Attributes:
+        func: the loss function.
+        args: its arguments, the leaves of cuts among them; of what is linear in
+            log-probabilities, the logits are the first where its log_softmax was met.
+        kwargs: its keyword arguments.
+        cuts: which of the split's cuts are its own.
+        value: where its value stands in the graph, whatever is later done to it in place.
+        softmax_dim: the log_softmax's dimension.
+    """
+
+    func: Callable[..., Tensor]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    cuts: range
+    value: GradientEdge
+    softmax_dim: Any = None
+
+
 class LossSplit:
     """Cuts the graph at the inputs of the loss functions that are called with it.
 
     What already depends on a cut, the input of a loss of a loss, is not cut again.
+
+    Args:
+        curvature: which matrix the cuts are for, other than the Hessian.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, curvature: Curvature = "ggn") -> None:
+        self.fisher_kind = _FISHER_KINDS.get(curvature_name(curvature))
+        self.monte_carlo = curvature if isinstance(curvature, MonteCarlo) else MonteCarlo()
+        self.generator = self.monte_carlo.generator()
         self.cuts: list[Cut] = []
+        self.calls: list[LossCall] = []
         self._severance = _Severance()
         self._log_softmaxes: dict[int, tuple[Tensor, Callable[..., Tensor], Any, Any]] = {}
 
@@ -97,24 +153,30 @@ class LossSplit:
         """Whether ``func`` is a loss function, or a log_softmax that one may come after."""
         return func in _CONVEX or func in _LINEAR or func in _LOG_SOFTMAX
 
-    def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """``func(*args, **kwargs)`` with the network's outputs replaced by leaves."""
+    def __call__(self, func: Callable[..., Tensor], *given: Any, **kwargs: Any) -> Tensor:
+        """``func(*given, **kwargs)`` with the network's outputs replaced by leaves."""
         if func in _LOG_SOFTMAX:
-            out = func(*args, **kwargs)
-            self._log_softmaxes[id(out)] = (out, func, args, kwargs)
+            out = func(*given, **kwargs)
+            self._log_softmaxes[id(out)] = (out, func, given, kwargs)
             return out
-        if func in _LINEAR:
-            log_probs = args[0] if args else kwargs["input"]
-            if id(log_probs) not in self._log_softmaxes:
-                return func(*args, **kwargs)
-            _, log_softmax, inner_args, inner_kwargs = self._log_softmaxes[id(log_probs)]
-            log_probs = log_softmax(*self._cut_all(inner_args), **self._cut_values(inner_kwargs))
-            if args:
-                args = (log_probs, *args[1:])
-            else:
-                kwargs = {**kwargs, "input": log_probs}
-            return func(*args, **kwargs)
-        return func(*self._cut_all(args), **self._cut_values(kwargs))
+        args: Sequence[Any] = given
+        num_cuts, logits, softmax_dim = len(self.cuts), None, None
+        if func not in _LINEAR:
+            args, kwargs = self._cut_all(args), self._cut_values(kwargs)
+        else:
+            if not args:
+                args, kwargs = (kwargs["input"],), {k: kwargs[k] for k in kwargs if k != "input"}
+            if id(args[0]) in self._log_softmaxes:
+                _, log_softmax, inner, options = self._log_softmaxes[id(args[0])]
+                inner, options = self._cut_all(inner), self._cut_values(options)
+                logits, softmax_dim = _softmax_arguments(*inner, **options)
+                args = (log_softmax(*inner, **options), *args[1:])
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.requires_grad and not _is_transformed(out):
+            own, value = range(num_cuts, len(self.cuts)), get_gradient_edge(out)
+            args = args if logits is None else (logits, *args[1:])
+            self.calls.append(LossCall(func, args, kwargs, own, value, softmax_dim))
+        return out
 
     def _cut_all(self, values: Sequence[Any]) -> list[Any]:
         return [self._cut(value) for value in values]
@@ -139,6 +201,10 @@ class LossSplit:
         leaf: Tensor = _Cut.apply(value, self._severance)
         self.cuts.append(Cut(value, leaf))
         return leaf
+
+
+def _softmax_arguments(input: Tensor, dim: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Any]:
+    return input, dim
 
 
 def _is_transformed(value: Tensor) -> bool:

@@ -2,34 +2,65 @@
 
 Some fast kernels have neither forward-mode nor double-backward formulas. While a closure runs for
 second-order products, attention goes through the math kernel, recurrent layers leave cuDNN and
-oneDNN, and compiled modules run eagerly. The functions computed are the same.
+oneDNN, compiled modules run eagerly, and what still lacks formulas is written in other operations
+(`hvpopt.engines.substitutes`). The functions computed are the same.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from hvpopt.engines.substitutes import substituted
 
 _RECURRENT = frozenset(
     (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # what the fused layers call
 )
 
 
-class _UnfusedRecurrence(TorchFunctionMode):
-    """While active, recurrent layers do without cuDNN and oneDNN."""
+class _Substitution(TorchFunctionMode):
+    """While active, functions with missing or wrong derivatives are computed by others."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _RECURRENT:
-            return func(*args, **(kwargs or {}))
-        with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _RECURRENT:
+            with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
+                return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            with sdpa_kernel(SDPBackend.MATH):  # whatever the closure itself has chosen
+                return func(*args, **kwargs)
+        result = substituted(func, args, kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+
+class _OrdinaryTensors(TorchFunctionMode):
+    """While active, functions get copies of inference tensors, which autograd can save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, self._ordinary, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _ordinary(self, x: Tensor) -> Tensor:
+        if not x.is_inference():
+            return x
+        if id(x) not in self._copies:
+            self._copies[id(x)] = (x, x.clone())
+        return self._copies[id(x)][1]
 
 
 def differentiable_kernels() -> AbstractContextManager[None]:
@@ -44,8 +75,13 @@ def differentiable_kernels() -> AbstractContextManager[None]:
 @contextmanager
 def _eager_kernels() -> Iterator[None]:
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # as in trainer.validate
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(_OrdinaryTensors())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_UnfusedRecurrence())
+        stack.enter_context(_Substitution())
+        stack.enter_context(_without_autocast_cache())
+        stack.enter_context(torch.jit.optimized_execution(False))
         if "torch._dynamo" in sys.modules:  # nothing can be compiled before this is imported
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -62,28 +98,28 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
-def check_checkpointing(loss: Tensor) -> None:
-    """Raises where a layer is checkpointed in the way that hides its parameters from autograd.
-
-    Raises:
-        RuntimeError: for ``torch.utils.checkpoint`` with ``use_reentrant=True``.
-    """
-    for node in graph_nodes([loss]):
-        if node.name().startswith("CheckpointFunction"):
-            raise RuntimeError(
-                "The closure checkpoints a layer with use_reentrant=True, through which second "
-                "derivatives do not reach the layer's parameters: use use_reentrant=False."
-            )
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """While active, autocast casts weights anew: those that it keeps would be old, or constants."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
-def graph_nodes(roots: Iterable[Tensor | None]) -> Iterator[Any]:
-    """Every node of the autograd graph behind some tensors, once."""
+def graph_nodes(
+    roots: Iterable[Tensor | None], through: Callable[[Any], bool] = lambda node: True
+) -> Iterator[Any]:
+    """Every node of the autograd graph behind some tensors, once; behind nodes only ``through``."""
     waiting = [root.grad_fn for root in roots if root is not None and root.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         yield node
-        for following, _ in node.next_functions:
+        for following, _ in node.next_functions if through(node) else ():
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)

@@ -1,29 +1,41 @@
 """The benchmark of products: its counts and measures against closed forms, its output's form."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
 from hvpopt.experiments.benchmarks import models
 from hvpopt.experiments.benchmarks.bounds import FlopBound, flop_bound
-from hvpopt.experiments.benchmarks.hvp_cost import QUICK, main
-from hvpopt.experiments.benchmarks.tasks import tasks
-from hvpopt.experiments.benchmarks.timing import Times, interleaved_times, peak_bytes
+from hvpopt.experiments.benchmarks.hvp_cost import main
+from hvpopt.experiments.benchmarks.models import QUICK
+from hvpopt.experiments.benchmarks.tasks import flat, further_tasks, many_vector_tasks, tasks
+from hvpopt.experiments.benchmarks.timing import (
+    Times,
+    free_bytes,
+    interleaved_times,
+    peak_bytes,
+    timed,
+)
+from torch.autograd import grad
+
+from hvpopt.engines.support import differentiable_kernels
 
 CPU = torch.device("cpu")
 MIB = 2**20
 
 
-def test_quick_prints_and_writes_every_product_of_every_network(capsys, tmp_path):
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_prints_and_writes_every_product_of_every_network(name, capsys, tmp_path):
     path = tmp_path / "cost.json"
-    main(["--quick", "--repeats", "1", "--json", str(path)])
+    main(["--quick", "--repeats", "1", "--models", name, "--json", str(path)])
     written = json.loads(path.read_text())
     printed = capsys.readouterr().out
     assert written["versions"]["torch"] == torch.__version__
     assert written["machine"] in printed
     assert "/" not in written["machine"]
     assert (written["device"], written["repeats"], written["quick"]) == ("cpu", 1, True)
-    assert [m["model"].split()[0] for m in written["models"]] == ["MLP", "CNN", "GPT"]
+    assert [m["model"].lower()[:3] for m in written["models"]] == [name[:3]]
     for model in written["models"]:
         assert model["model"] in printed
         found = {(row["what"], row["engine"]) for row in model["rows"]}
@@ -43,6 +55,7 @@ def test_quick_prints_and_writes_every_product_of_every_network(capsys, tmp_path
         for row in model["rows"]:
             assert 0 < row["time_ratio_min"] <= row["time_ratio"] <= row["time_ratio_max"]
             assert row["memory_ratio"] > 0
+            assert row["failure"] is None
             assert 1 <= row["flop_bound"] <= 3
         assert model["gradient_seconds"] > 0
         assert model["gradient_peak_mib"] > 0
@@ -55,29 +68,49 @@ def test_only_the_networks_asked_for_are_measured(capsys):
     assert "GPT" not in printed
 
 
+def dense_way(problem, curvature, v):
+    """The product by torch's double backward alone, the GGN's by the double-vjp trick."""
+    params = list(problem.module.parameters())
+    with differentiable_kernels():
+        z = problem.module(problem.inputs)
+        if curvature == "hessian":
+            grads = grad(problem.loss(z), params, create_graph=True)
+            return flat(grad(grads, params, v))
+        u = torch.zeros_like(z, requires_grad=True)
+        pulled = grad(z, params, u, create_graph=True)
+        slope = grad(problem.loss(z), z, create_graph=True)
+        curved = grad(slope, z, grad(pulled, u, v, retain_graph=True), retain_graph=True)
+        return flat(grad(z, params, curved))
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_every_way_to_a_product_gives_the_same_numbers(name):
     """Finite differences only where the network is smooth: they step across ReLU's kinks."""
-    torch.manual_seed(0)
     problem = QUICK[name](CPU)
-    values: dict[str, list[torch.Tensor]] = {}
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.setattr(torch, "randn_like", torch.ones_like)  # the same direction for all
-        with tasks(problem, FlopBound(1, 2)) as entries:
-            for task in entries:
-                for run in (task.run, task.whole):
-                    result = run()
-                    product = result[2] if isinstance(result, tuple) else result
-                    parts = product.values() if isinstance(product, dict) else product
-                    flat = torch.cat([t.reshape(-1) for t in parts])
-                    curvature = "ggn" if "GGN" in task.what else "hessian"
-                    values.setdefault(curvature, []).append(flat)
-                    reference = values[curvature][0]
-                    error = float((flat - reference).norm() / reference.norm())
-                    approximate = task.engine == "finite_difference"
-                    if name == "gpt" or not approximate:
-                        assert error < (1e-2 if approximate else 1e-4), (task.what, task.engine)
-    assert {k: len(v) for k, v in values.items()} == {"hessian": 14, "ggn": 10}
+    vs = [list(problem.direction(i).values()) for i in range(8)]
+    expected = {
+        (c, i): dense_way(problem.copy(), c, vs[i]) for c in ("hessian", "ggn") for i in (0, 7)
+    }
+    bound = FlopBound(1, 2)
+    for task in (*tasks(bound), *further_tasks(bound), *many_vector_tasks(bound, 8)):
+        with ExitStack() as stack:
+            run = task.prepare(problem.copy(), stack)
+            for result in (run(), run()):
+                for i in {0, task.product.count - 1}:
+                    reference = expected[task.product.curvature, i]
+                    found = task.read(result, i).detach()
+                    error = float((found - reference).norm() / reference.norm())
+                    if task.is_exact or name in ("gpt", "lstm"):
+                        assert error < (1e-4 if task.is_exact else 1e-2), task
+
+
+def test_directions_are_the_same_for_all_and_different_from_each_other():
+    problem = QUICK["mlp"](CPU)
+    several = problem.directions(3)
+    for i in range(3):
+        for name, v in problem.copy().direction(i).items():
+            assert torch.equal(several[name][i], v)
+    assert not torch.equal(flat(problem.direction(0)), flat(problem.direction(1)))
 
 
 def test_the_bound_of_deep_equal_layers_is_the_textbooks():
@@ -101,6 +134,30 @@ def test_the_flops_of_a_perceptron_are_its_matrix_products():
     bound = flop_bound(problem)
     assert bound.forward == sum(layers)
     assert bound.backward == 2 * sum(layers) - layers[0]
+
+
+def test_the_flops_of_a_recurrent_network_are_its_matrix_products():
+    batch, length, width = 4, 3, 8
+    bound = flop_bound(models.lstm(CPU, batch=batch, length=length, width=width))
+    gates = 2 * batch * length * width * 4 * width
+    assert bound.forward == 2 * (gates + gates) + 2 * batch * length * width * 256
+    assert 1 < bound.repeated_hvp < 2 < bound.one_shot_hvp < 3
+
+
+def test_a_residual_network_has_its_depth_and_widths():
+    problem = models.resnet(CPU, batch=2, width=4, size=8)
+    assert problem.name == "ResNet-18 of width 4, 2×3×8×8"
+    convolutions = [m for m in problem.module.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len([m for m in convolutions if m.kernel_size == (3, 3)]) + 1 == 18
+    assert convolutions[-1].out_channels == 32
+
+
+def test_without_running_statistics_the_function_is_the_same():
+    problem = QUICK["resnet"](CPU)
+    stateless = problem.without_statistics()
+    assert not list(stateless.module.buffers())
+    assert list(problem.module.buffers())
+    assert torch.equal(stateless.value(problem.params()), problem.value(problem.params()))
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -156,6 +213,16 @@ def test_tasks_take_turns_and_the_first_rounds_do_not_count():
     assert [len(t.seconds) for t in times.values()] == [3, 3]
     with pytest.raises(ValueError, match="repeats ≥ 1, got 0"):
         interleaved_times({}, repeats=0, device=CPU)
+
+
+def test_a_timed_task_returns_its_result_and_its_seconds():
+    result, seconds = timed(lambda: 7, CPU)
+    assert result == 7
+    assert 0 < seconds < 1
+
+
+def test_a_machine_has_free_memory():
+    assert free_bytes(CPU) > 2**20
 
 
 def test_ratios_are_taken_within_rounds():

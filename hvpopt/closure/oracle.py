@@ -1,0 +1,205 @@
+"""A training closure seen as a function of the parameters, for one optimizer step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from hvpopt.closure.runs import ClosureRuns, EngineRunner, NoBackwardError
+from hvpopt.engines.base import Engine, Trace
+from hvpopt.engines.blame import explained
+from hvpopt.engines.choice import EngineChoice, EngineName, Use
+from hvpopt.engines.split import Curvature, curvature_name
+from hvpopt.linearization import LinearizedClosure
+from hvpopt.trees import TensorList
+
+
+class ClosureOracle:
+    """A training closure seen as a function of the parameters, for one optimizer step.
+
+    The first of `trace` and `trace_along` is the run that counts. Every other run sees the same
+    function (dropout masks, buffers) and leaves no trace (gradients, random numbers, buffers,
+    metrics, logs). Use it as a context manager; leaving releases the graph.
+
+    Args:
+        closure: computes the loss, clears gradients, calls ``backward()``, returns the loss.
+        params: the parameters to differentiate by, all requiring gradients.
+        engine: "auto", "dual", "graph", "finite_difference", or an `EngineChoice`, which
+            remembers from one oracle to the next what a model supports.
+        leave_no_trace: also removes the traces of the first run, so that the oracle only looks.
+        local: keeps this rank's own values, in the scale of the closure's own loss.
+
+    Raises:
+        ValueError: for no parameters, or one that requires no gradient.
+        TypeError: for a parameter that is no tensor.
+
+    Examples:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> def closure():
+        ...     w.grad = None
+        ...     loss = (w**3).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> with ClosureOracle(closure, [w]) as oracle:
+        ...     point = oracle.trace()
+        ...     point.product([torch.tensor([1.0, 1.0])])
+        [tensor([ 6., 12.])]
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        params: Sequence[Tensor],
+        *,
+        engine: EngineName | EngineChoice = "auto",
+        leave_no_trace: bool = False,
+        local: bool = False,
+    ) -> None:
+        self.params = _checked(params)
+        self._choice = engine if isinstance(engine, EngineChoice) else EngineChoice(engine)
+        self._runs = ClosureRuns(
+            closure, self.params, self._choice, leave_no_trace=leave_no_trace, local=local
+        )
+        self._trace: Trace | None = None
+        self.num_products = 0
+
+    def __enter__(self) -> "ClosureOracle":
+        self._runs.open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._runs.close()
+        self._trace = None
+
+    def trace(self, curvature: Curvature = "hessian") -> LinearizedClosure:
+        """The loss, its gradient, and the operator of the Hessian or GGN, for many products.
+
+        Raises:
+            NoBackwardError: if the closure returns a loss without calling ``backward``.
+            UnsupportedOperationError: where an operation lacks a derivative; so may products.
+            SplitNotFoundError: for the GGN, if no loss function of torch.nn.functional was called.
+            ShardedModuleError: for a module under FSDP.
+        """
+        engine = self._engine("many products", curvature)
+        with self._explaining(curvature):
+            self._trace = engine.trace(EngineRunner(self._runs), curvature)
+        return LinearizedClosure(
+            loss=self._runs.scaled([self._trace.loss])[0],
+            grad=self._runs.grads(),
+            batch_grad=self._runs.scaled(self._trace.batch_grad),
+            product=partial(self._product, curvature),
+            has_remainder=self._trace.has_remainder,
+        )
+
+    def trace_along(
+        self, v: TensorList, curvature: Curvature = "hessian"
+    ) -> tuple[Tensor, TensorList, TensorList]:
+        """The loss, its gradient, and the product with ``v``; with the dual engine in one run.
+
+        Raises:
+            As `trace`.
+        """
+        engine = self._engine("one product", curvature)
+        with self._explaining(curvature):
+            loss, product = engine.trace_along(EngineRunner(self._runs), v, curvature)
+        self.num_products += 1
+        loss, *product = self._runs.scaled([loss, *product])
+        return loss, self._runs.grads(), product
+
+    def evaluate(self) -> Tensor:
+        """The loss at the current parameters, a scalar, without a backward pass."""
+        losses: list[Tensor] = []
+        self._runs.run(lambda loss, plain, /, **_: losses.append(loss.detach()), first=False)
+        return self._runs.scaled([torch.stack(losses).sum()])[0]
+
+    def average(self, tensors: Sequence[Tensor]) -> TensorList:
+        """The mean over the ranks of ``DistributedDataParallel``."""
+        return self._runs.ranks.average(tensors)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules that the closure uses, as far as they have been met."""
+        world = self._runs.world
+        return [] if world is None else world.modules
+
+    @property
+    def returned(self) -> Any:
+        """What the closure returned in the run that counts."""
+        return self._runs.returned
+
+    @property
+    def num_runs(self) -> int:
+        """How often the closure was run."""
+        return self._runs.num_runs
+
+    def _engine(self, use: Use, curvature: Curvature) -> Engine:
+        curvature_name(curvature)
+
+        def probe(engine: Engine) -> None:
+            run = EngineRunner(self._runs, probing=True)
+            v = [torch.ones_like(p, requires_grad=False) for p in self.params]
+            with self._explaining(curvature):
+                if use == "one product":
+                    engine.trace_along(run, v, curvature)
+                else:
+                    engine.trace(run, curvature).product(v)
+
+        convolves = any(isinstance(m, _ConvNd) for m in self.modules)
+        same = frozenset(map(id, self.params))
+        try:
+            return self._choice(use, curvature, probe, convolves=convolves, of=same)
+        except NoBackwardError:  # raised again by the run that counts, which sets `returned`
+            self._runs.run(lambda loss, plain, /, **_: None, first=True)
+            raise
+
+    def _product(self, curvature: Curvature, v: TensorList) -> TensorList:
+        if self._trace is None:
+            raise RuntimeError("The graph of this linearization was released with its oracle.")
+        self.num_products += 1
+        with self._explaining(curvature):
+            return self._runs.scaled(self._trace.product(v))
+
+    @contextmanager
+    def _explaining(self, curvature: Curvature) -> Iterator[None]:
+        """While active, what torch says of missing derivatives is said in the user's terms."""
+        try:
+            yield
+        except RuntimeError as error:
+            explanation = explained(
+                error,
+                requested=self._choice.requested,
+                curvature=curvature,
+                run=EngineRunner(self._runs, probing=True),
+                modules=lambda: self.modules,
+            )
+            if explanation is None:
+                raise
+            try:
+                raise explanation from error
+            finally:
+                del explanation  # whose traceback holds this frame, and with it the failed graph
+
+
+def _checked(params: Sequence[Tensor]) -> TensorList:
+    params = list(params)
+    if not params:
+        raise ValueError(
+            "ClosureOracle was given no parameters: give those to differentiate by, such as "
+            "list(model.parameters())."
+        )
+    for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(
+                f"Parameter number {i} is a {type(p).__name__}, where a tensor is expected: give a "
+                "flat list of tensors, such as list(model.parameters())."
+            )
+        if not p.requires_grad:
+            raise ValueError(
+                f"Parameter number {i} (shape {tuple(p.shape)}) has requires_grad=False: leave it "
+                "out, or unfreeze it with requires_grad_(True)."
+            )
+    return params
