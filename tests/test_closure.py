@@ -395,13 +395,15 @@ def test_bf16_autocast_products_are_within_its_precision():
         assert (product - exact).norm() < 0.03 * exact.norm()
 
 
-def test_the_ggn_of_convolutions_goes_forward(caplog):
+def test_the_ggn_is_the_graph_engines_for_many_products_and_the_dual_engines_for_one(caplog):
     caplog.set_level("INFO", "hvpopt")
     task = problem("batchnorm")
     with ClosureOracle(task.closure(), task.params) as oracle:
         product = oracle.trace("ggn").product(task.tangent())
     torch.testing.assert_close(flat(product), task.dense_ggn() @ flat(task.tangent()))
-    assert "ggn by engine dual (best for many products with convolutions)" in caplog.text
+        oracle.trace_along(task.tangent(), "ggn")
+    assert "ggn by engine graph (best for many products)" in caplog.text
+    assert "ggn by engine dual (best for one product)" in caplog.text
 
 
 def test_tangents_leave_the_graphs_of_others_valid():

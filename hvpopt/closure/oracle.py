@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
 from hvpopt.closure.runs import ClosureRuns, EngineRunner, NoBackwardError
 from hvpopt.engines.base import Engine, Trace
@@ -148,10 +147,9 @@ class ClosureOracle:
                 else:
                     engine.trace(run, curvature).product(v)
 
-        convolves = any(isinstance(m, _ConvNd) for m in self.modules)
         same = frozenset(map(id, self.params))
         try:
-            return self._choice(use, curvature, probe, convolves=convolves, of=same)
+            return self._choice(use, curvature, probe, of=same)
         except NoBackwardError:  # raised again by the run that counts, which sets `returned`
             self._runs.run(lambda loss, plain, /, **_: None, first=True)
             raise

@@ -155,10 +155,10 @@ class ClosureRuns:
         Whether they do is seen in the first product, and remembered by the choice.
         """
         assert self.world is not None
-        if self._choice.recomputes is False:
+        if self._choice.recomputes is False and not torch.is_inference_mode_enabled():
             yield
             return
-        with self.world.further_run() as has_run:
+        with support.differentiable_kernels(), self.world.further_run() as has_run:
             yield
         self._choice.recomputes = bool(has_run)
 

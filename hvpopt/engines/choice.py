@@ -19,9 +19,7 @@ EngineName = Literal["auto", "dual", "graph", "finite_difference"]
 Use = Literal["one product", "many products"]
 
 
-def _candidates(
-    requested: EngineName, use: Use, curvature: Curvature, *, convolves: bool
-) -> list[Engine]:
+def _candidates(requested: EngineName, use: Use, curvature: Curvature) -> list[Engine]:
     dual: list[Engine] = [DualEngine()]
     if curvature == "hessian":
         dual.append(DualEngine(thorough=True))
@@ -31,7 +29,7 @@ def _candidates(
         return [GraphEngine()]
     if requested == "finite_difference":
         return [FiniteDifferenceEngine()]
-    forward_first = curvature != "hessian" and (convolves or use == "one product")
+    forward_first = curvature != "hessian" and use == "one product"
     exact = [*dual, GraphEngine()] if forward_first else [GraphEngine(), *dual]
     return [*exact, FiniteDifferenceEngine()] if curvature == "hessian" else exact
 
@@ -41,11 +39,10 @@ class EngineChoice:
 
     Args:
         requested: an engine's name, or "auto". Which comes first is measured
-            (``hvpopt.experiments.benchmarks.hvp_cost``): the graph engine, except for the GGN
-            of convolutions, whose forward mode costs less than the double-backward substitute
-            and a forward pass, and for a single product of the GGN, where it costs no more and
-            takes less memory: those are the dual engine's. What an engine cannot differentiate
-            falls to the next, finite differences last.
+            (``hvpopt.experiments.benchmarks.hvp_cost``): the graph engine, except for a single
+            product of the GGN or a Fisher matrix, where the dual engine costs no more and takes
+            less memory. What an engine cannot differentiate falls to the next, finite differences
+            last.
 
     Raises:
         ValueError: for an unknown name.
@@ -68,7 +65,6 @@ class EngineChoice:
         curvature: Curvature,
         probe: Callable[[Engine], None],
         *,
-        convolves: bool = False,
         of: Hashable = None,
     ) -> Engine:
         """The engine for this use; ``probe`` tries a candidate and raises where it fails.
@@ -78,13 +74,11 @@ class EngineChoice:
         name = curvature_name(curvature)  # whatever is sampled
         key = (use, name, of)
         if key not in self._chosen:
-            self._chosen[key] = self._find(probe, use, name, convolves)
+            self._chosen[key] = self._find(probe, use, name)
         return self._chosen[key]
 
-    def _find(
-        self, probe: Callable[[Engine], None], use: Use, curvature: Curvature, convolves: bool
-    ) -> Engine:
-        candidates = _candidates(self.requested, use, curvature, convolves=convolves)
+    def _find(self, probe: Callable[[Engine], None], use: Use, curvature: Curvature) -> Engine:
+        candidates = _candidates(self.requested, use, curvature)
         failures: dict[str, Exception] = {}
         for engine in candidates:
             if len(candidates) > 1:
@@ -96,8 +90,6 @@ class EngineChoice:
                     failures[engine.name] = error
                     continue
             why = f"asked for, for {use}" if self.requested != "auto" else f"best for {use}"
-            if self.requested == "auto" and convolves and curvature != "hessian":
-                why += " with convolutions"
             if failures:
                 why = _reasons(failures)
             failures.clear()  # their tracebacks hold this frame, and with it the failed graphs

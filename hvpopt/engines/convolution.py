@@ -163,8 +163,8 @@ class _ByWeight(torch.autograd.Function):
 
 def convolution(x: Tensor, w: Tensor, b: Tensor | None, geometry: _Geometry) -> Tensor:
     """x ∗ w + b."""
-    if b is not None:
-        b = off_leaf(b)
+    x, w = _as_autocast(x), _as_autocast(w)
+    b = None if b is None else off_leaf(_as_autocast(b))
     return _Convolution.apply(off_leaf(x), off_leaf(w), b, geometry)
 
 
@@ -225,12 +225,18 @@ def _is_usual(x: Any, w: Any, b: Any, num_dims: int) -> bool:
         and isinstance(w, Tensor)
         and x.dim() == w.dim() == num_dims + 2
         and x.is_floating_point()
-        and x.dtype == w.dtype
+        and (x.dtype == w.dtype or torch.is_autocast_enabled(x.device.type))
         and (x.requires_grad or w.requires_grad)
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, w))
     )
+
+
+def _as_autocast(t: Tensor) -> Tensor:
+    """``t`` in the precision in which autocast runs convolutions, where it is active."""
+    if t.dtype == torch.float64 or not torch.is_autocast_enabled(t.device.type):
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
 
 
 def _numbers(given: int | Sequence[int], num_dims: int) -> list[int]:

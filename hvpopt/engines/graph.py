@@ -19,7 +19,6 @@ from hvpopt.engines.gauss_newton import head_of
 from hvpopt.engines.split import Curvature, LossSplit
 from hvpopt.engines.support import (
     announce_accumulated,
-    differentiable_kernels,
     graph_nodes,
     hooked,
     without_hooks,
@@ -160,9 +159,8 @@ class GraphRecorder:
         """The Hessian or GGN of the summed losses times ``v``; the last may free the graph."""
         self._keeps = not is_last or len(self._pieces) > 1
         tangents = self._tangents(v) if self._tangents else None
-        with torch.enable_grad(), differentiable_kernels(), without_hooks(self._params):
-            with self._run.recomputation():
-                parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
+        with torch.enable_grad(), self._run.recomputation(), without_hooks(self._params):
+            parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
         total = parts[0]
         for part in parts[1:]:
             torch._foreach_add_(total, part)
