@@ -1,7 +1,9 @@
-"""PyTorch's own samples of its modules, as closures."""
+"""PyTorch's own samples of its modules and operations, as closures."""
 
 import copy
+import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +38,9 @@ class Sample:
     def loss(self) -> Tensor:
         """Σ (w o + o²/2) over the outputs o, with fixed w, so that linear modules curve too."""
         outputs = [
-            o
+            torch.view_as_real(o) if o.is_complex() else o
             for o in pytree.tree_leaves(self.module(*self.args, **self.kwargs))
-            if isinstance(o, Tensor) and o.is_floating_point() and o.requires_grad
+            if isinstance(o, Tensor) and o.requires_grad
         ]
         if not outputs:
             raise NoGradientError("no output depends on a leaf")
@@ -134,5 +136,52 @@ def _maker(
         mode = "train" if training else "eval"
         name = f"{info.name} [{given.desc or number}] {mode} {str(dtype).removeprefix('torch.')}"
         return Sample(name, module, tuple(args), dict(kwargs))
+
+    return make
+
+
+class _Operation(torch.nn.Module):
+    """An operation of ``op_db`` as a module."""
+
+    def __init__(self, function: Callable[..., Any], after: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function, self.after = function, after
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The operation's value on copies, which it may change in place."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.view_as(x), (args, kwargs))
+        return self.after(self.function(*args, **kwargs))
+
+
+def operation_samples(
+    dtype: torch.dtype, *, per_operation: int, device: str = "cpu"
+) -> Iterator[Callable[[], Sample]]:
+    """What makes the first samples of each differentiable operation of ``op_db``."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    for op in op_db:
+        if not op.supports_autograd or dtype not in op.supported_dtypes(device):
+            continue
+        with seeded(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how samples are made
+            try:
+                given = list(
+                    itertools.islice(
+                        op.sample_inputs(device, dtype, requires_grad=True), per_operation
+                    )
+                )
+            except Exception:  # a sample that this build cannot make
+                continue
+        for number, sample in enumerate(given):
+            yield _operation_maker(op, sample, number, dtype)
+
+
+def _operation_maker(op: Any, given: Any, number: int, dtype: torch.dtype) -> Callable[[], Sample]:
+    def make() -> Sample:
+        inputs = (given.input, *given.args), given.kwargs
+        args, kwargs = pytree.tree_map_only(Tensor, _leaf, inputs)
+        variant = f".{op.variant_test_name}" if op.variant_test_name else ""
+        name = f"{op.name}{variant} [{number}] {str(dtype).removeprefix('torch.')}"
+        return Sample(name, _Operation(op.op, given.output_process_fn_grad), args, dict(kwargs))
 
     return make

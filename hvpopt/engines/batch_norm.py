@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hvpopt.engines.needs import needed, off_leaf, remember
 
@@ -23,9 +24,16 @@ def _per_channel(s: Tensor, like: Tensor) -> Tensor:
 
 
 def _sums(u: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Π u r, Σ u x̂ and Σ u, by the kernel of the first derivative."""
-    return torch.ops.aten.native_batch_norm_backward(
-        u, x, torch.ones_like(r), None, None, mean, r, True, 0.0, [True, True, True]
+    """Π u r, Σ u x̂ and Σ u."""
+    return _kernel(u, x, torch.ones_like(r), mean, r, 0.0)
+
+
+def _kernel(
+    u: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X(u), Σ u x̂ and Σ u."""
+    return torch.ops.aten.native_batch_norm_backward.default(
+        u, x, gamma, None, None, mean, r, True, eps, [True, True, True]
     )
 
 
@@ -68,7 +76,9 @@ class _BatchNorm(torch.autograd.Function):
         if u is None:
             return (None,) * 7
         x, gamma, mean, r = ctx.saved_tensors
-        grads = _Backward.apply(u, x, gamma, mean, r, ctx.eps)
+        is_plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        backward = _kernel if is_plain else _Backward.apply
+        grads = backward(u, x, gamma, mean, r, ctx.eps)
         needed = zip(grads, ctx.needs_input_grad, strict=False)
         return *(g if needs else None for g, needs in needed), None, None, None, None
 
@@ -97,9 +107,7 @@ class _Backward(torch.autograd.Function):
     def forward(
         u: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.native_batch_norm_backward(
-            u, x, gamma, None, None, mean, r, True, eps, [True, True, True]
-        )
+        return _kernel(u, x, gamma, mean, r, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

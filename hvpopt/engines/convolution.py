@@ -5,9 +5,10 @@ X(u, w), and by its weight, W(u, x). The derivative of each of the three is made
 
     ⟨u, x ∗ w⟩ = ⟨X(u, w), x⟩ = ⟨W(u, x), w⟩
 
-so that three autograd Functions that refer to one another have all derivatives. Torch's own double
-backward computes the same by convolutions with kernels as large as the image, which on a CPU take
-several times as long.
+so that two autograd Functions that refer to each other, the convolution and the pair of its
+adjoints, have all derivatives: the pair's, at cotangents (c, d), are c ∗ w + x ∗ d by u, and the
+same pair at (u, c, d) by x and w. Torch's own double backward computes them by convolutions with
+kernels as large as the image, which on a CPU take several times as long, and what it does not need.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +31,7 @@ class _Geometry(NamedTuple):
     groups: int
 
 
-def _adjoints(
-    u: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(u, x, w, None, *geometry, mask)
+Pair = tuple[Tensor | None, Tensor | None]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -47,7 +45,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, b: Tensor | None, geometry: _Geometry) -> Tensor:
-        return torch.ops.aten.convolution(x, w, b, *geometry)
+        return torch.ops.aten.convolution.default(x, w, b, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -64,105 +62,94 @@ class _Convolution(torch.autograd.Function):
             return None, None, None, None
         x, w = ctx.saved_tensors
         for_x, for_w, for_b, _ = needed(ctx)
-        return (
-            _ByInput.apply(u, w, x, ctx.geometry) if for_x else None,
-            _ByWeight.apply(u, x, w, ctx.geometry) if for_w else None,
-            u.sum([0, *range(2, u.dim())]) if for_b else None,
-            None,
-        )
+        by_x, by_w = _adjoints(u, x, w, ctx.geometry, for_x, for_w)
+        return by_x, by_w, u.sum([0, *range(2, u.dim())]) if for_b else None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, _: None) -> Any:
         x, w = ctx.saved_tensors
-        along_x = None if dx is None else convolution(dx, w, None, ctx.geometry)
-        along_w = None if dw is None else convolution(x, dw, None, ctx.geometry)
-        along = _sum(along_x, along_w)
+        along = _along(x, w, dx, dw, ctx.geometry)
         if db is not None:
             along_b = db.reshape(-1, *[1] * (x.dim() - 2))
             along = along_b.expand(ctx.shape).clone() if along is None else along + along_b
         return along
 
 
-class _ByInput(torch.autograd.Function):
-    """X(u, w), of the shape of ``x``."""
+class _Adjoints(torch.autograd.Function):
+    """X(u, w) and W(u, x), each where it is wanted."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u: Tensor, w: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
-        return _adjoints(u, x, w, geometry, [True, False, False])[0]
+    def forward(
+        u: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, for_x: bool, for_w: bool
+    ) -> Pair:
+        return _kernel(u, x, w, geometry, for_x, for_w)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        u, w, x, ctx.geometry = inputs
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        u, x, w, ctx.geometry, ctx.for_x, ctx.for_w = inputs
         remember(ctx, inputs)
-        ctx.x = x.detach()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, w)
-        ctx.save_for_forward(u, w)
+        ctx.save_for_backward(u, x, w)
+        ctx.save_for_forward(u, x, w)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        if g is None:
-            return None, None, None, None
-        u, w = ctx.saved_tensors
-        for_u, for_w = needed(ctx)[:2]
-        return (
-            _Convolution.apply(g, w, None, ctx.geometry) if for_u else None,
-            _ByWeight.apply(u, g, w, ctx.geometry) if for_w else None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, c: Tensor | None, d: Tensor | None) -> Any:
+        u, x, w = ctx.saved_tensors
+        for_u, for_x, for_w = needed(ctx)[:3]
+        by_u = _along(x, w, c, d, ctx.geometry) if for_u else None
+        by_x, by_w = None, None
+        if (for_x and d is not None) or (for_w and c is not None):
+            wants = for_x and d is not None, for_w and c is not None
+            c, d = x if c is None else c, w if d is None else d  # for its shape
+            by_x, by_w = _adjoints(u, c, d, ctx.geometry, *wants)
+        return by_u, by_x, by_w, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, du: Tensor | None, dw: Tensor | None, *_: None) -> Any:
-        u, w = ctx.saved_tensors
-        along_u = None if du is None else _ByInput.apply(du, w, ctx.x, ctx.geometry)
-        along_w = None if dw is None else _ByInput.apply(u, dw, ctx.x, ctx.geometry)
-        return _sum(along_u, along_w)
+    def jvp(ctx: Any, du: Tensor | None, dx: Tensor | None, dw: Tensor | None, *_: None) -> Any:
+        u, x, w = ctx.saved_tensors
+        by_x, by_w = None, None
+        if du is not None:
+            by_x, by_w = _adjoints(du, x, w, ctx.geometry, ctx.for_x, ctx.for_w)
+        wants = ctx.for_x and dw is not None, ctx.for_w and dx is not None
+        if any(wants):
+            dx, dw = x if dx is None else dx, w if dw is None else dw
+            more_x, more_w = _adjoints(u, dx, dw, ctx.geometry, *wants)
+            by_x, by_w = _sum(by_x, more_x), _sum(by_w, more_w)
+        return by_x, by_w
 
 
-class _ByWeight(torch.autograd.Function):
-    """W(u, x), of the shape of ``w``."""
+def _kernel(u: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, for_x: bool, for_w: bool) -> Pair:
+    mask = [for_x, for_w, False]
+    return torch.ops.aten.convolution_backward.default(u, x, w, None, *geometry, mask)[:2]
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(u: Tensor, x: Tensor, w: Tensor, geometry: _Geometry) -> Tensor:
-        return _adjoints(u, x, w, geometry, [False, True, False])[1]
+def _adjoints(
+    u: Tensor, x: Tensor, w: Tensor, geometry: _Geometry, for_x: bool, for_w: bool
+) -> Pair:
+    """X(u, w) and W(u, x); what no graph is built for goes to the kernel straight away."""
+    if not (for_x or for_w):
+        return None, None
+    pair = _Adjoints.apply if torch.is_grad_enabled() else _kernel
+    return pair(u, x, w, geometry, for_x, for_w)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        u, x, w, ctx.geometry = inputs
-        remember(ctx, inputs)
-        ctx.w = w.detach()
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, x)
-        ctx.save_for_forward(u, x)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Any:
-        if g is None:
-            return None, None, None, None
-        u, x = ctx.saved_tensors
-        for_u, for_x = needed(ctx)[:2]
-        return (
-            _Convolution.apply(x, g, None, ctx.geometry) if for_u else None,
-            _ByInput.apply(u, g, x, ctx.geometry) if for_x else None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, du: Tensor | None, dx: Tensor | None, *_: None) -> Any:
-        u, x = ctx.saved_tensors
-        along_u = None if du is None else _ByWeight.apply(du, x, ctx.w, ctx.geometry)
-        along_x = None if dx is None else _ByWeight.apply(u, dx, ctx.w, ctx.geometry)
-        return _sum(along_u, along_x)
+def _along(
+    x: Tensor, w: Tensor, dx: Tensor | None, dw: Tensor | None, geometry: _Geometry
+) -> Tensor | None:
+    """dx ∗ w + x ∗ dw, the derivative of x ∗ w."""
+    along_x = None if dx is None else convolution(dx, w, None, geometry)
+    along_w = None if dw is None else convolution(x, dw, None, geometry)
+    if along_x is not None and along_w is not None and not torch.is_grad_enabled():
+        return along_x.add_(along_w)
+    return _sum(along_x, along_w)
 
 
 def convolution(x: Tensor, w: Tensor, b: Tensor | None, geometry: _Geometry) -> Tensor:
     """x ∗ w + b."""
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.convolution.default(x, w, b, *geometry)
     x, w = _as_autocast(x), _as_autocast(w)
     b = None if b is None else off_leaf(_as_autocast(b))
     return _Convolution.apply(off_leaf(x), off_leaf(w), b, geometry)

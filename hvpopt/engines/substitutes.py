@@ -66,12 +66,7 @@ def huber_loss(
     input, target = torch.broadcast_tensors(input, target)
     d = input - target
     loss = torch.where(d.abs() <= delta, 0.5 * d * d, delta * (d.abs() - 0.5 * delta))
-    if weight is None:
-        return _reduced(loss, reduction)
-    loss = loss * weight
-    return (
-        loss.sum() / weight.expand_as(d).sum() if reduction == "mean" else _reduced(loss, reduction)
-    )
+    return _reduced(loss if weight is None else loss * weight, reduction)
 
 
 def soft_margin_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
