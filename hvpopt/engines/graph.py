@@ -73,7 +73,7 @@ class GraphRecorder:
         for i, g in enumerate(grads[:count]):
             if g is not None:
                 kept = self.grads[i]
-                self.grads[i] = g.detach().clone() if kept is None else kept + g.detach()
+                self.grads[i] = g.detach() if kept is None else kept + g.detach()
         self._write(leaves, grads)
 
     def _gradient(

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from hvpopt.engines.base import fill, unit_cotangent
 from hvpopt.engines.support import differentiable_kernels
-from hvpopt.products.directions import Limit, for_each, intermediate_bytes
+from hvpopt.products.directions import Limit, for_each, intermediates
 from hvpopt.products.surroundings import (
     captures_recorded,
     check_twice_differentiable,
@@ -94,7 +94,7 @@ class GradientGraph:
         if k is None:
             return self.product(v, is_last=are_last)
         device = self._leaves[0].device
-        chunk = limit.of(k, device, lambda: intermediate_bytes([self._loss]))
+        chunk = limit.of(k, device, lambda: intermediates([self._loss]), is_retained=True)
         return for_each(lambda t: ((), self.product(t)), v, k, chunk)[1]
 
 
