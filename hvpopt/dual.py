@@ -80,6 +80,10 @@ class dual:
                 "leave the other (hvpopt.dual, torch.func.jvp, the engine 'dual') first, or "
                 "compute this product by hvpopt.products.hvp."
             )
+        self._slopes.clear()
+        for recorder in self._recorders.values():
+            recorder.losses.clear()
+            recorder.products = [None] * len(self.params)
         with ExitStack() as stack:
             stack.enter_context(differentiable_kernels())
             stack.enter_context(DualLevel(self.params, self._v))
@@ -159,6 +163,9 @@ class _Loop:
         raise NotImplementedError
 
     def recomputation(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def untraced(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def average(self, tensors: Sequence[Tensor]) -> TensorList:

@@ -69,12 +69,20 @@ class _ModuleState:
             (space, {name: _copy(value) for name, value in space.items() if name not in _INTERNALS})
             for space in spaces
         ]
+        self._scripted: dict[str, Tensor] = {}
+        if isinstance(module, torch.jit.ScriptModule):
+            self._scripted = {n: _copy(b) for n, b in module.named_buffers(recurse=False)}
         self._training = module.training
 
     def stand_in(self) -> Callable[[], None]:
         """Puts copies in the place of the module's objects; returns what undoes it."""
         held = [(space, dict(space)) for space, _ in self._copies]
         training = self.module.training
+        scripted = {
+            n: b for n, b in self.module.named_buffers(recurse=False) if n in self._scripted
+        }
+        for name in scripted:
+            setattr(self.module, name, _copy(self._scripted[name]))
         for space, contents in self._copies:
             for name in [n for n in space if n not in contents and n not in _INTERNALS]:
                 del space[name]  # came into being in the first run
@@ -86,6 +94,8 @@ class _ModuleState:
                 for name in [name for name in space if name not in contents]:
                     del space[name]
                 space.update(contents)
+            for name, buffer in scripted.items():
+                setattr(self.module, name, buffer)
             self.module.training = training
 
         return undo
@@ -152,6 +162,7 @@ class World:
     @contextmanager
     def first_run(self) -> Iterator[None]:
         """The run that counts: what it changes stays changed."""
+        self._random_before = _RandomState(self._devices)
         with _before_each_call(self._meet):
             yield
 

@@ -26,7 +26,7 @@ from .report import Report, table, verdict
 from .tasks import COUNTS, compiled_tasks, further_tasks, many_vector_tasks, tasks
 
 PEERS = ("curvlinops-for-pytorch", "hessian-eigenthings", "jax")
-SECONDS = 3.0
+SECONDS = 8.0
 """With ``--peers``, rounds of timing end after so long, so that all end within ten minutes."""
 QUICK_SECONDS, QUICK_COUNTS = 0.2, (8,)
 
@@ -39,6 +39,7 @@ def measure(
     quick: bool = False,
     peers: bool = False,
     compiled: bool = False,
+    seconds: float = SECONDS,
 ) -> Report:
     """Times and memories of all products of one network of `models.FULL`, or of its quick form."""
     problem = (QUICK if quick else FULL)[name](device)
@@ -51,7 +52,7 @@ def measure(
     entries += [*further_tasks(bound), *peer_tasks(bound)]
     for count in QUICK_COUNTS if quick else COUNTS:
         entries += [*many_vector_tasks(bound, count), *many_vector_peer_tasks(bound, count)]
-    seconds = QUICK_SECONDS if quick else SECONDS
+    seconds = QUICK_SECONDS if quick else seconds
     measurement = Measurement(problem, entries, bound, device, repeats=repeats, seconds=seconds)
     report = measurement.report()
     jax = jax_process.measure(
@@ -62,7 +63,7 @@ def measure(
         device,
         counts=() if quick else COUNTS,
         repeats=repeats,
-        seconds=seconds / 2,  # of each way, of which there are a few to a product
+        seconds=seconds / 4,  # of each way, of which there are a few to a product
         compile_seconds=2.0 if quick else 30.0,
     )
     return jax_process.joined(report, jax)
@@ -101,12 +102,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tiny products, and a verdict (pip install 'hvpopt[bench]')",
     )
     parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help=f"with --peers, for the timing of each product (default: {SECONDS:g})",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="torch.compile too, which takes minutes"
     )
     options = parser.parse_args(argv)
     repeats = options.repeats if options.repeats is not None else (2 if options.quick else 20)
     if repeats < 1:
         parser.error(f"--repeats must be at least 1, got {repeats}")
+    if options.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {options.seconds:g}")
     device = _device(options.device, parser.error)
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.parent}")
@@ -125,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     quick=options.quick,
                     peers=options.peers,
                     compiled=options.compile,
+                    seconds=options.seconds,
                 )
             )
             print("\n" + table(reports[-1], peers=options.peers), flush=True)

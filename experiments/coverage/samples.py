@@ -1,6 +1,7 @@
 """PyTorch's own samples of its modules and operations, as closures."""
 
 import copy
+import importlib
 import itertools
 import random
 import warnings
@@ -104,8 +105,7 @@ def module_samples(
     dtype: torch.dtype, *, training: bool, device: str = "cpu"
 ) -> Iterator[Callable[[], Sample]]:
     """What makes each sample of ``module_db``; importing that takes seconds."""
-    from torch.testing._internal.common_modules import module_db
-
+    module_db = _of_torch("common_modules").module_db
     for info in module_db:
         if dtype not in info.dtypes:
             continue
@@ -115,6 +115,13 @@ def module_samples(
             )
         for number, given in enumerate(inputs):
             yield _maker(info, given, number, dtype, training, device)
+
+
+def _of_torch(name: str) -> Any:
+    """A module of torch's own tests; its import warns of what else they use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"torch.testing._internal.{name}")
 
 
 def _maker(
@@ -157,8 +164,7 @@ def operation_samples(
     dtype: torch.dtype, *, per_operation: int, device: str = "cpu"
 ) -> Iterator[Callable[[], Sample]]:
     """What makes the first samples of each differentiable operation of ``op_db``."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
+    op_db = _of_torch("common_methods_invocations").op_db
     for op in op_db:
         if not op.supports_autograd or dtype not in op.supported_dtypes(device):
             continue

@@ -66,6 +66,7 @@ class ClosureRuns:
         self._removed: list[Tensor | None] = []
         self.returned: Any = None
         self.num_runs = 0
+        self._checkpoints = False
 
     def open(self) -> None:
         """Remembers how the world stands."""
@@ -109,6 +110,7 @@ class ClosureRuns:
             self.is_counting = False
         if first:
             self.returned = returned
+        self._checkpoints |= seen.checkpoints
         if seen.num_backwards == 0:
             raise NoBackwardError(NO_BACKWARD)
         if first:
@@ -160,7 +162,7 @@ class ClosureRuns:
             return
         with support.differentiable_kernels(), self.world.further_run() as has_run:
             yield
-        self._choice.recomputes = bool(has_run)
+        self._choice.recomputes = bool(has_run) or self._checkpoints
 
 
 class EngineRunner:
@@ -199,6 +201,11 @@ class EngineRunner:
     def recomputation(self) -> AbstractContextManager[None]:
         """A context for products that may run parts of the closure again."""
         return self._runs.recomputation()
+
+    def untraced(self) -> AbstractContextManager[object]:
+        """A context for what else may run parts of the closure."""
+        assert self._runs.world is not None
+        return self._runs.world.further_run()
 
     def average(self, tensors: Sequence[Tensor]) -> TensorList:
         """The mean over ranks."""

@@ -53,6 +53,10 @@ class Runner(Protocol):
         """A context for products that may run parts of the closure again."""
         ...
 
+    def untraced(self) -> AbstractContextManager[object]:
+        """A context for what else may run parts of the closure."""
+        ...
+
     def average(self, tensors: Sequence[Tensor]) -> TensorList:
         """The mean over ranks."""
         ...

@@ -116,7 +116,7 @@ class _Backward(torch.autograd.Function):
         _, u_xhat, u_sum = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, x, gamma, mean, r, u_xhat.detach(), u_sum.detach())
-        ctx.save_for_forward(u, x, gamma, mean, r, u_xhat, u_sum)
+        ctx.save_for_forward(u, x, gamma, mean, r, u_xhat.detach(), u_sum.detach())
 
     @staticmethod
     def backward(ctx: Any, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> Any:
@@ -233,7 +233,12 @@ def batch_norm(
         or x.dim() < 2
         or x.numel() <= x.shape[1]
         or x.dtype not in (torch.float32, torch.float64)
+        or eps <= 0
         or any(t is not None and t.dtype != x.dtype for t in (weight, bias))
+        or any(
+            t is not None and t.numel() != x.shape[1]
+            for t in (weight, bias, running_mean, running_var)
+        )
         or not torch.is_grad_enabled()
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
     ):

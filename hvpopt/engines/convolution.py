@@ -168,7 +168,9 @@ def _plain(num_dims: int) -> Callable[..., Tensor | None]:
         """``torch.convNd``, or None where that had better be called."""
         if not _is_usual(input, weight, bias, num_dims):
             return None
-        dilation = _numbers(dilation, num_dims)
+        stride, dilation = _numbers(stride, num_dims), _numbers(dilation, num_dims)
+        if isinstance(padding, str) and (padding not in ("same", "valid") or set(stride) != {1}):
+            return None
         if padding == "same":  # of an even total, the same on both sides
             totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             if any(total % 2 for total in totals):
@@ -176,7 +178,7 @@ def _plain(num_dims: int) -> Callable[..., Tensor | None]:
             padding = [total // 2 for total in totals]
         elif padding == "valid":
             padding = 0
-        stride, padding = _numbers(stride, num_dims), _numbers(padding, num_dims)
+        padding = _numbers(padding, num_dims)
         geometry = _Geometry(stride, padding, dilation, False, [0] * num_dims, groups)
         return convolution(input, weight, bias, geometry)
 
@@ -227,7 +229,7 @@ def _as_autocast(t: Tensor) -> Tensor:
 
 
 def _numbers(given: int | Sequence[int], num_dims: int) -> list[int]:
-    numbers = [given] if isinstance(given, int) else list(given)
+    numbers = list(given) if isinstance(given, Sequence) else [int(given)]
     return numbers * num_dims if len(numbers) == 1 else numbers
 
 

@@ -51,9 +51,11 @@ def recorded_applications(*, active: bool = True) -> Iterator[dict[str, Applicat
     found: dict[str, Application] = {}
     own: dict[Any, Any] = {}
     try:
-        for cls in _custom_functions() if active else ():
+        classes = _custom_functions() if active else []
+        recording = {cls: _recording(cls, found) for cls in classes}  # before one inherits another
+        for cls, forward in recording.items():
             own[cls] = cls.__dict__.get("forward")
-            cls.forward = staticmethod(_recording(cls, found))
+            cls.forward = staticmethod(forward)
         yield found
     finally:
         for cls, forward in own.items():

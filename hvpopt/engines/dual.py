@@ -154,11 +154,14 @@ class DualGaussNewtonRecorder:
             )
         with without_hooks(self._params):
             head = head_of(loss, self._split, self._params)
-            if head.with_rest and any(r is not None and r.count_nonzero() for r in head.rest):
-                raise RemainderError(REMAINDER)
             tangents = [self._split.tangents[i] for i in head.used]
             curved = head.curve(tangents)
             self._level.leave()
+            if head.with_rest:
+                with self._split.severed():
+                    bent = vjp(head.rest, self._params, self._level.tangents)
+                if any(t is not None and t.count_nonzero() for t in (*head.rest, *bent)):
+                    raise RemainderError(REMAINDER)
             self.losses.append(loss.detach())
             try:
                 self.products = vjp(head.outputs, self._params, curved)
@@ -242,6 +245,7 @@ class DualEngine:
         recorder = DualRecorder(run, create_graph=self.thorough, check=check)
         with recorded_applications(active=check is not None) as applications:
             run(recorder, split=ZeroTangents(), around=level)
-        check_applications(applications, forward=True)
+        with run.untraced():
+            check_applications(applications, forward=True)
         self.thorough, self._is_checked = recorder.create_graph, True
         return torch.stack(recorder.losses).sum(), fill(recorder.products, run.params)

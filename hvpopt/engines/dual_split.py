@@ -39,9 +39,14 @@ class ZeroTangents(LossSplit):
 
     def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """``func(*args, **kwargs)``."""
-        return func(*map(self._dual, args), **{k: self._dual(x) for k, x in kwargs.items()})
+        given = (*args, *kwargs.values())
+        dtypes = [x.dtype for x in given if isinstance(x, Tensor) and x.is_floating_point()]
 
-    def _dual(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or forward_ad.unpack_dual(value).tangent is not None:
-            return value
-        return forward_ad.make_dual(value, torch.zeros_like(value))
+        def dual(value: Any) -> Any:
+            if not isinstance(value, Tensor) or forward_ad.unpack_dual(value).tangent is not None:
+                return value
+            if not value.is_floating_point():  # labels; integers have no tangents
+                value = value.to(dtypes[0])
+            return forward_ad.make_dual(value, torch.zeros_like(value))
+
+        return func(*map(dual, args), **{k: dual(x) for k, x in kwargs.items()})

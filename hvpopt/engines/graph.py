@@ -25,7 +25,7 @@ from hvpopt.engines.support import (
 )
 from hvpopt.trees import TensorList
 
-Piece = Callable[[TensorList, Sequence[Tensor | None] | None], Sequence[Tensor | None]]
+Piece = Callable[[TensorList, Sequence[Tensor | None] | None, bool], Sequence[Tensor | None]]
 
 
 class GraphRecorder:
@@ -57,7 +57,6 @@ class GraphRecorder:
         self.grads: list[Tensor | None] = [None] * len(self._params)
         self.has_remainder = False
         self.roots: list[Tensor | None] = []
-        self._keeps = True
 
     def __call__(self, loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
         """Takes the place of ``loss.backward()``; gradients gather in ``self.grads``."""
@@ -89,7 +88,7 @@ class GraphRecorder:
         if keep:
             slopes = grads[: len(params)]
             self.roots += slopes
-            self._pieces.append(lambda v, _: vjp(slopes, params, v, retain_graph=self._keeps))
+            self._pieces.append(lambda v, _, keep: vjp(slopes, params, v, retain_graph=keep))
         return grads
 
     def _gauss_newton(
@@ -109,7 +108,9 @@ class GraphRecorder:
         rough = self._tangents is not None and is_rough(loss)
 
         # v ↦ J v, C (J v), Jᵀ(C J v)
-        def product(v: TensorList, tangents: Sequence[Tensor | None] | None) -> Sequence[Any]:
+        def product(
+            v: TensorList, tangents: Sequence[Tensor | None] | None, _: bool
+        ) -> Sequence[Any]:
             if tangents is None:
                 along = vjp(pulled_by_params, cotangents, v)
             else:
@@ -157,10 +158,10 @@ class GraphRecorder:
 
     def product(self, v: TensorList, *, is_last: bool = False) -> TensorList:
         """The Hessian or GGN of the summed losses times ``v``; the last may free the graph."""
-        self._keeps = not is_last or len(self._pieces) > 1
+        keep = not is_last or len(self._pieces) > 1
         tangents = self._tangents(v) if self._tangents else None
         with torch.enable_grad(), self._run.recomputation(), without_hooks(self._params):
-            parts = [fill(piece(v, tangents), self._params) for piece in self._pieces]
+            parts = [fill(piece(v, tangents, keep), self._params) for piece in self._pieces]
         total = parts[0]
         for part in parts[1:]:
             torch._foreach_add_(total, part)
@@ -208,7 +209,8 @@ class GraphEngine:
             run(recorder, split=split)
         if not self._is_checked:
             _check_twice_differentiable(recorder.roots)
-            check_applications(applications, forward=False)
+            with run.untraced():
+                check_applications(applications, forward=False)
             self._is_checked = True
         return recorder
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from hvpopt.engines.split import LossSplit
 from hvpopt.engines.substitutes import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from hvpopt.engines.support import saved_tensor_hooks
 
 
 class EndOfRun(BaseException):
@@ -45,6 +46,10 @@ class Interception(TorchFunctionMode):
         on_backward: takes the loss, the original ``backward`` and its keyword arguments.
         split: where given, cuts the graph at the input of each loss function.
         stop_after: ends the run with `EndOfRun` once so many ``backward`` calls are done.
+
+    Attributes:
+        num_backwards: how many calls of ``backward`` there were.
+        checkpoints: whether a part of the run was checkpointed, and will run again.
     """
 
     def __init__(
@@ -59,12 +64,14 @@ class Interception(TorchFunctionMode):
         self._split = split
         self._stop_after = stop_after
         self.num_backwards = 0
+        self.checkpoints = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
+        self.checkpoints = self.checkpoints or saved_tensor_hooks().startswith("_checkpoint_hook.")
         if func is torch.Tensor.backward:
             self._backward(*args, **kwargs)
             return None

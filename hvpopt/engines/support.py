@@ -110,6 +110,12 @@ def _without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+def saved_tensor_hooks() -> str:
+    """The name of the hooks that pack what autograd saves, by which checkpointing shows itself."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return "" if hooks is None else getattr(hooks[0], "__qualname__", "")
+
+
 def graph_nodes(
     roots: Iterable[Tensor | None], through: Callable[[Any], bool] = lambda node: True
 ) -> Iterator[Any]:

@@ -237,6 +237,7 @@ def test_ratios_are_taken_within_rounds():
         (["--device", "nothing"], "choose cpu or cuda"),
         (["--device", "meta"], "choose cpu or cuda"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds must be positive, got 0"),
         (["--models", "rnn"], "invalid choice: 'rnn'"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
     ],
