@@ -138,7 +138,7 @@ class World:
         self._devices = list({p.device for p in params})
         # by identity: a torchmetrics metric hashes its state
         self._before: dict[int, _ModuleState] = {}
-        self._random_before = _RandomState(self._devices)
+        self._random_before: _RandomState | None = None  # of the first run, of whatever kind
         for module in find_modules(closure):
             self._meet(module)
 
@@ -191,6 +191,8 @@ class World:
                 for part in self._meet(module):
                     isolate(part)
 
+            if self._random_before is None:
+                self._random_before = _RandomState(self._devices)
             self._random_before.restore()
             for p in grads:
                 p.grad = None

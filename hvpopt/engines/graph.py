@@ -136,7 +136,7 @@ class GraphRecorder:
             for leaf, g in zip(leaves, grads, strict=True):
                 if g is not None:
                     g = hooked(leaf, g.detach()) if self._run.is_first else g.detach()
-                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
+                    leaf.grad = _laid_out(g, leaf) if leaf.grad is None else leaf.grad.add_(g)
         sparse = any(g is not None and g.layout != torch.strided for g in grads)
         if self._run.size > 1 and not sparse:  # the optimizer refuses sparse ones
             means = self._run.average(fill([p.grad for p in self._params], self._params))
@@ -166,6 +166,13 @@ class GraphRecorder:
         for part in parts[1:]:
             torch._foreach_add_(total, part)
         return total
+
+
+def _laid_out(grad: Tensor, leaf: Tensor) -> Tensor:
+    """A copy with the strides of the leaf, which ``backward()`` gives to gradients, too."""
+    if grad.layout != torch.strided:
+        return grad.clone()
+    return torch.empty_like(leaf, requires_grad=False).copy_(grad)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

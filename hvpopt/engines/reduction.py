@@ -18,6 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode
 
+from hvpopt.engines.support import graph_nodes
+
 _Denominator = Callable[[Mapping[str, Any]], float | Tensor]
 
 REMEDY = (
@@ -40,17 +42,26 @@ class TermCount:
     """What the sum over terms was divided by; 1 for a sum."""
     factors: tuple[float, ...] = (1.0,)
     """The factor c of each call of a loss function."""
+    has_remainder: bool = False
+    """Whether parameters enter r; looked for beside a sum alone."""
 
     def check_joins(self, other: "TermCount") -> None:
         """Lets two batches pass whose losses differ in the number of terms only.
 
         Raises:
-            UnknownReductionError: if the kinds, or the factors c, differ.
+            UnknownReductionError: if the kinds, or the factors c, differ, or something is added to
+                a sum, of which it cannot be told whether it counts once.
         """
         if self.kind != other.kind:
             raise UnknownReductionError(
                 f"The loss is a {self.kind} over terms in one batch and a {other.kind} in "
                 f"another: use one reduction, or {REMEDY}"
+            )
+        if self.has_remainder or other.has_remainder:
+            raise UnknownReductionError(
+                "The loss adds something to a sum over terms, a penalty perhaps, which would count "
+                "once for each batch: give num_terms='sum' if it should, or use reduction='mean', "
+                "beside which it counts once."
             )
         same = len(self.factors) == len(other.factors) and all(
             math.isclose(a, b, rel_tol=1e-5)
@@ -131,7 +142,7 @@ class Reduction(TorchFunctionMode):
                 a factor, which may divide it by the number of terms.
         """
         found: dict[tuple[str, float], str] = {}
-        factors = []
+        factors, values = [], set()
         for call in self._calls:
             factor = _slope(loss, call.value)
             if factor is None:
@@ -144,6 +155,7 @@ class Reduction(TorchFunctionMode):
                 )
             found["sum" if call.how == "sum" else "mean", call.denominator()] = call.name
             factors.append(factor)
+            values.add(call.value.node)
         if not found:
             raise UnknownReductionError(
                 "The loss depends on no loss function of torch.nn.functional, so that it cannot be "
@@ -161,7 +173,11 @@ class Reduction(TorchFunctionMode):
                 f"A sum over terms enters the loss with the factors {_shown(factors)}; whether "
                 f"they make it a mean cannot be told: use reduction='mean', or {REMEDY}"
             )
-        return TermCount("sum" if kind == "sum" else "mean", number, tuple(factors))
+        if kind != "sum":
+            return TermCount("mean", number, tuple(factors))
+        beside = graph_nodes([loss], lambda node: node not in values)
+        has_remainder = any(hasattr(node, "variable") for node in beside)
+        return TermCount("sum", number, tuple(factors), has_remainder)
 
 
 def _slope(loss: Tensor, value: GradientEdge) -> float | None:

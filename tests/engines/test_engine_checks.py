@@ -315,3 +315,13 @@ def test_strides_of_numpy_and_words_for_padding_are_taken_as_torch_takes_them():
     for padding in ("same", "foo"):
         with pytest.raises((RuntimeError, ValueError), match=r"padding|Invalid"):
             products(lambda p=padding: F.conv1d(x, w, stride=2, padding=p).sum(), [w], v, "graph")
+
+
+def test_gradients_of_channels_last_weights_keep_their_layout():
+    net = nn.Conv2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last)
+    x, params = torch.randn(2, 4, 5, 5), list(net.parameters())
+    with ClosureOracle(
+        closure_for(lambda: net(x).square().sum(), params), params, engine="graph"
+    ) as oracle:
+        oracle.trace()
+    assert net.weight.grad.stride() == net.weight.stride()
