@@ -1,6 +1,7 @@
 """PyTorch's own samples of its modules and operations, as closures."""
 
 import copy
+import functools
 import importlib
 import itertools
 import random
@@ -187,7 +188,12 @@ def _operation_maker(op: Any, given: Any, number: int, dtype: torch.dtype) -> Ca
         inputs = (given.input, *given.args), given.kwargs
         args, kwargs = pytree.tree_map_only(Tensor, _leaf, inputs)
         variant = f".{op.variant_test_name}" if op.variant_test_name else ""
+        if any(
+            isinstance(x, Tensor) and x.layout != torch.strided for x in pytree.tree_leaves(args)
+        ):
+            raise NoGradientError("sparse")
         name = f"{op.name}{variant} [{number}] {str(dtype).removeprefix('torch.')}"
-        return Sample(name, _Operation(op.op, given.output_process_fn_grad), args, dict(kwargs))
+        function = functools.partial(op.gradcheck_wrapper, op.op)  # makes inputs symmetric, say
+        return Sample(name, _Operation(function, given.output_process_fn_grad), args, dict(kwargs))
 
     return make

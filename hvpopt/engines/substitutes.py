@@ -91,8 +91,10 @@ def multi_margin_loss(
     margin: float = 1.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
-) -> Tensor:
+) -> Tensor | None:
     """``torch.nn.functional.multi_margin_loss``: Σ_{i≠y} w_y max(0, m − x_y + x_i)ᵖ / C."""
+    if input.dim() == 0:
+        return None
     x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1, 1)
     hinge = (margin - x.gather(1, y) + x).clamp(min=0)
     hinge = hinge * hinge if p == 2 else hinge
