@@ -76,7 +76,8 @@ def fisher_vp(
         The product in the structure and shapes of ``params``.
 
     Raises:
-        TypeError: If parameters or the model's output are not real floating-point tensors.
+        TypeError: If parameters or the model's output are not real floating-point tensors, or the
+            likelihood is neither a name nor a `Likelihood`.
         ValueError: If ``v`` does not match ``params``, these hold no tensor, targets are missing or
             of another shape, or an option is unknown.
 
@@ -98,6 +99,10 @@ def fisher_vp(
     if isinstance(likelihood, str):
         _check_option("likelihood", likelihood, LikelihoodName)
         likelihood = _LIKELIHOODS[likelihood]
+    if not isinstance(likelihood, Likelihood):
+        is_class = isinstance(likelihood, type)
+        given = f"the class {likelihood.__name__}" if is_class else f"a {type(likelihood).__name__}"
+        raise TypeError(f"likelihood is {given}; expected a name, or an instance: Gaussian().")
     if kind == "empirical" and targets is None:
         raise ValueError("kind='empirical' needs the labels: pass targets=...")
 

@@ -83,10 +83,40 @@ def num_directions(tree: Any, like: Any, what: str, what_like: str) -> int | Non
 def _check_structure(tree: Any, like: Any, what: str, what_like: str) -> None:
     if pytree.tree_structure(tree) != pytree.tree_structure(like):
         leaves, expected = map(pytree.tree_leaves_with_path, (tree, like))
+        if {path for path, _ in leaves} == {path for path, _ in expected}:
+            difference = _difference(tree, like, what, what_like)
+            raise ValueError(difference or f"{what} and {what_like} differ in their containers.")
         raise ValueError(
             f"{what} has the leaves {_names(leaves)}, but {what_like} {_names(expected)}; "
             "expected the same structure."
         )
+
+
+def _difference(tree: Any, like: Any, what: str, what_like: str) -> str | None:
+    """What the first containers that differ are, where their leaves have the same places."""
+    if isinstance(tree, Tensor) or isinstance(like, Tensor):
+        return None
+    if type(tree) is not type(like):
+        kinds = [type(x).__name__ for x in (tree, like)]
+        return (
+            f"{what} is a {kinds[0]}, but {what_like} is a {kinds[1]}; expected the same "
+            "containers."
+        )
+    if isinstance(tree, dict):
+        if list(tree) != list(like) and set(tree) == set(like):
+            return (
+                f"{what} has the same keys in another order than {what_like}: {list(tree)} and "
+                f"{list(like)}; expected the same order."
+            )
+        places: Any = [k for k in tree if k in like]
+    else:
+        places = range(len(tree)) if isinstance(tree, (list, tuple)) else ()
+    for i in places:
+        name, name_like = f"{what}[{i!r}]", f"{what_like}[{i!r}]"
+        found = _difference(tree[i], like[i], name, name_like)
+        if found:
+            return found
+    return None
 
 
 def _check_leaves(

@@ -13,7 +13,7 @@ from test_products import combined, flat, normal, normal_like, problem
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
-from hvpopt.products import compiled, grad_and_hvp, hvp, linearize
+from hvpopt.products import compiled, grad_and_hvp, gradient_graph, hvp, linearize
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
@@ -206,3 +206,25 @@ def test_generated_code_gives_the_same_products():
         torch.testing.assert_close(
             flat(linearize(f, params, x, compile=True).hvp(v)), flat(expected)
         )
+
+
+def test_fallen_back_products_are_values_and_heed_their_limits(monkeypatch, compilations):
+    w, p, vs = normal(3).requires_grad_(), normal(3, seed=1), normal(4, 3, seed=2)
+    sizes, for_each = [], gradient_graph.for_each
+
+    def f(p: Tensor) -> Tensor:
+        return (w * p**3).sum() * (1.0 if float(p.detach().sum()) < 1e9 else 2.0)
+
+    def spy(one: Any, v: Any, k: int, chunk: int, *rest: Any) -> Any:
+        sizes.append(chunk)
+        return for_each(one, v, k, chunk, *rest)
+
+    with pytest.warns(UserWarning, match="falls back to eager"):
+        first = hvp(f, p, vs[0], compile=True)
+    monkeypatch.setattr(gradient_graph, "for_each", spy)
+    again = hvp(f, p, vs, compile=True, chunk_size=2)
+    assert not first.requires_grad
+    assert not again.requires_grad
+    torch.testing.assert_close(again, 6 * w.detach() * p * vs)
+    torch.testing.assert_close(first, again[0])
+    assert sizes == [2]

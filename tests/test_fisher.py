@@ -632,6 +632,7 @@ def test_products_of_an_ensemble_by_vmap_over_parameters():
     [
         ({"kind": "mc"}, ValueError, "kind='mc' is unknown: choose one of 'exact', 'monte_carlo'"),
         ({"reduction": "none"}, ValueError, "reduction='none' is unknown: choose one of 'mean'"),
+        ({"likelihood": Gaussian}, TypeError, r"likelihood is the class Gaussian; expected a name"),
         ({"likelihood": "beta"}, ValueError, "likelihood='beta' is unknown: .* 'gaussian'"),
         ({"kind": "empirical"}, ValueError, "kind='empirical' needs the labels: pass targets="),
         ({"num_samples": 0}, ValueError, "num_samples=0; expected a positive integer"),

@@ -22,6 +22,7 @@ from hvpopt.jacobians import (
     jacobian_blocks,
     which_mode,
 )
+from hvpopt.jacobians.functions import Problem
 
 ROWS = ["vjp_loop", "vjp_vmap", "jacrev"]
 COLUMNS = ["dual_loop", "jvp_loop", "jacfwd"]
@@ -741,3 +742,46 @@ def test_all_ways_agree_on_a_gpu(name):
             assert found[key].device == x.device
             torch.testing.assert_close(found[key], expected[key], rtol=1e-8, atol=1e-9)
     jacobian(net, x, batched=True)
+
+
+@pytest.mark.parametrize("mode", ["vjp_loop", "jacfwd"])
+def test_independent_examples_pass_in_low_precision(mode):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(16, 8)
+    exact = jacobian(net, x, mode=mode, batched=True)
+    net, x = net.bfloat16(), x.bfloat16()
+    found = jacobian(net, x, mode=mode, batched=True)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    with pytest.raises(ValueError, match="lower precision"):
+        jacobian(lambda x: net(x - x.mean(0)), x[:2], mode=mode, batched=True)
+
+
+@pytest.mark.parametrize("mode", ["vjp_loop", "jacfwd"])
+def test_independent_examples_pass_under_autocast(mode):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(16, 8)
+    exact = jacobian(net, x, mode=mode, batched=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = jacobian(net, x, mode=mode, batched=True)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_random_numbers_of_the_caller_go_on_between_blocks():
+    x = torch.ones(6, dtype=torch.float64)
+    drawn = []
+    for _ in jacobian_blocks(lambda x: F.dropout(x, 0.5), x, mode="vjp_loop", chunk_size=2):
+        drawn.append(torch.rand(()).item())
+    assert len(set(drawn)) == 3
+
+
+def test_functions_that_differ_in_options_are_told_apart():
+    def made(power: int, default: str) -> Callable[[Tensor], Tensor]:
+        return lambda x, kind=default: (x**power).sin() if kind == "sin" else x**power
+
+    x = normal(3)
+    keys = {Problem(made(*o), (x,), 0, scalar=False).key for o in [(2, "a"), (3, "a"), (2, "sin")]}
+    assert len(keys) == 3
+    same = Problem(made(2, "a"), (x,), 0, scalar=False).key
+    assert same in keys

@@ -20,6 +20,7 @@ from test_products import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from hvpopt.products import (
     ggnvp,
@@ -593,3 +594,98 @@ def test_the_pullback_is_adjoint_to_every_mode_of_jvp():
     cotangent = vjp(f, params, one, x)[1]
     for mode in ("forward", "double_reverse"):
         assert float(jvp(f, params, v, x, mode=mode)[1]) == pytest.approx(inner(cotangent, v))
+
+
+def test_a_differenced_jvp_has_the_value_s_dropout_mask_and_one_run_s_random_numbers():
+    p = torch.ones(200, dtype=torch.float64)
+
+    def f(p: Tensor) -> Tensor:
+        return F.dropout(p, 0.5)
+
+    torch.manual_seed(1)
+    expected, after = f(p), torch.rand(3)
+    torch.manual_seed(1)
+    out, tangent = jvp(f, p, p, mode="finite_difference")
+    assert torch.equal(torch.rand(3), after)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_several_directions_go_at_once_by_reverse_over_forward(caplog):
+    p, vs = normal(4), normal(3, 4, seed=1)
+    runs = []
+
+    def f(p: Tensor) -> Tensor:
+        runs.append(1)
+        return (p**3).sum()
+
+    with caplog.at_level(logging.WARNING, "hvpopt"):
+        found = hvp(f, p, vs, mode="reverse_over_forward", chunk_size=3)
+    torch.testing.assert_close(found, 6 * p * vs)
+    assert len(runs) == 1
+    assert not caplog.records
+
+
+_aten = torch.ops.aten
+UNSEEN = {
+    "NativeLayerNorm": lambda x: _aten.layer_norm(x, [4]),
+    "NativeBatchNorm": lambda x: _aten.batch_norm(x, *[None] * 4, True, 0.1, 1e-5, False),
+    "LinalgDet": lambda x: _aten.linalg_det(x.T @ x),
+}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_reverse_over_forward_refuses_wrong_formulas_that_it_cannot_replace(name, recorded):
+    x, p, v = normal(5, 4), normal(4, seed=1).requires_grad_(recorded), normal(4, seed=2)
+    with pytest.raises(RuntimeError, match=rf"wrong through {name}\w+, .* from TorchScript"):
+        hvp(lambda p: UNSEEN[name](x * p).pow(3).sum(), p, v, mode="reverse_over_forward")
+
+
+def test_batch_norm_in_eval_mode_is_right_wherever_it_is_called_from():
+    x, p, v = normal(5, 4), normal(4, seed=1), normal(4, seed=2)
+    mean, var = torch.zeros_like(p), torch.ones_like(p)
+
+    def f(p: Tensor) -> Tensor:
+        y = _aten.batch_norm(x * p, None, None, mean, var, False, 0.1, 0.0, False)
+        return y.pow(3).sum()
+
+    expected = 6 * (x**3).sum(0) * p * v
+    torch.testing.assert_close(hvp(f, p, v, mode="reverse_over_forward"), expected)
+
+
+def test_checkpointed_layers_run_again_with_the_same_kernels():
+    x, p, vs = normal(5, 4), normal(4, seed=1), normal(3, 4, seed=2)
+
+    def layer(x: Tensor) -> Tensor:
+        y = F.batch_norm(x, None, None, training=True)
+        return F.huber_loss(y**2, torch.zeros_like(y))
+
+    def f(p: Tensor) -> Tensor:
+        return checkpoint(layer, x * p, use_reentrant=False)
+
+    expected = hvp(lambda p: layer(x * p), p, vs)
+    torch.testing.assert_close(hvp(f, p, vs), expected)
+    torch.testing.assert_close(hvp(f, p, vs[0]), expected[0])
+    torch.testing.assert_close(torch.vmap(linearize(f, p).hvp)(vs), expected)
+
+
+@pytest.mark.parametrize("limit", [2.5, "2", True])
+def test_a_limit_that_is_no_int_is_named(limit):
+    p = torch.ones(2)
+    with pytest.raises(TypeError, match=rf"chunk_size={limit!r} is a .*; expected an int"):
+        hvp(lambda p: p.sum(), p, torch.ones(3, 2), chunk_size=limit)
+
+
+@pytest.mark.parametrize(
+    ("v", "message"),
+    [
+        (({"a": 0, "b": 0}, 0), "v is a tuple, but params is a list; expected the same containers"),
+        ([{"b": 0, "a": 0}, 0], r"v\[0\] has the same keys in another order than params\[0\]"),
+    ],
+)
+def test_containers_that_differ_are_named(v, message):
+    params = [{"a": torch.ones(2), "b": torch.ones(2)}, torch.ones(2)]
+    v = combined(lambda _: torch.ones(2), v)
+    with pytest.raises(ValueError, match=message):
+        hvp(lambda p: p[1].sum(), params, v)

@@ -45,8 +45,9 @@ def check_uncoupled(f: LeafFunction, at: Sequence[Tensor], blocks: Blocks, axis:
 
     With random weights cₛ of the examples and a random w, Σₛ cₛ wᵀ ∂yₛ/∂xₜ is cₜ wᵀ Jₜ for all t
     only where ∂yₛ/∂xₜ = 0 for s ≠ t, but for chance; forward, Σₜ cₜ ∂yₛ/∂xₜ v is cₛ Jₛ v. Both
-    take one product. What couples the examples by less than the cube root of the dtype's epsilon
-    (half a per cent in float32) may pass for rounding.
+    take one product. What couples the examples by less than the cube root of the epsilon of the
+    coarsest dtype of inputs, outputs and autocast (half a per cent in float32, a fifth in
+    bfloat16) may pass for rounding.
 
     Raises:
         ValueError: If examples depend on each other.
@@ -69,23 +70,34 @@ def check_uncoupled(f: LeafFunction, at: Sequence[Tensor], blocks: Blocks, axis:
         found = pullback(tuple(map(weighted, probes)))
     else:
         probes = [normal(x.shape[1:], x) for x in at]
-        found = torch.func.jvp(f, tuple(at), tuple(map(weighted, probes)))[1]
+        outputs, found = torch.func.jvp(f, tuple(at), tuple(map(weighted, probes)))[:2]
+    eps = _coarsest([*at, *outputs, *found])
     for product, group in zip(found, zip(*blocks, strict=True) if rows else blocks, strict=True):
         own = torch.zeros(size, product[0].numel(), dtype=product.dtype, device=product.device)
         for probe, b in zip(probes, group, strict=True):
             n = probe.numel()
             matrices = b.reshape(size, n, -1) if rows else b.reshape(size, -1, n).mT
             own += (probe.flatten().to(b) @ matrices).to(own)
-        _check_same(product.reshape(size, -1), weights.to(own).view(-1, 1) * own)
+        _check_same(product.reshape(size, -1), weights.to(own).view(-1, 1) * own, eps)
 
 
-def _check_same(found: Tensor, own: Tensor) -> None:
-    rtol = torch.finfo(found.dtype).eps ** (1 / 3)
+def _coarsest(tensors: Sequence[Tensor]) -> float:
+    """The largest epsilon of the dtypes that f seems to compute in."""
+    dtypes = {x.dtype for x in tensors}
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _check_same(found: Tensor, own: Tensor, eps: float) -> None:
+    rtol = eps ** (1 / 3)
     error, scale = (found - own).abs().max(), torch.maximum(found.abs().max(), own.abs().max())
     if bool(error > rtol * scale):
         raise ValueError(
             "batched=True, but f's value for one example depends on other examples (by "
             f"{float(error / scale):.1e} of the largest derivative), as BatchNorm in training mode "
-            "makes it, or attention over the wrong dimension. Put the module into eval mode, or "
-            "take the whole Jacobian with batched=False."
+            "makes it, or attention over the wrong dimension; or f computes in a lower precision "
+            "than its arguments and value have. Put the module into eval mode, compute in a higher "
+            "precision, or take the whole Jacobian with batched=False."
         )

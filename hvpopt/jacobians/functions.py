@@ -117,22 +117,31 @@ class Problem:
 
 
 def _looks(x: Any, depth: int = 3) -> object:
-    """What a value looks like; of a function, its code and what it captures."""
+    """What a value looks like; of a function, its code, what it captures and its defaults."""
     if isinstance(x, Tensor):
         return x.shape, x.dtype, x.device
     if isinstance(x, nn.Module):
         return id(x), x.training
     if isinstance(x, partial):
-        return _looks(x.func), tuple(_looks(a) for a in (*x.args, *x.keywords.values()))
+        named = tuple((name, _looks(a)) for name, a in x.keywords.items())
+        return _looks(x.func), tuple(map(_looks, x.args)), named
     if isinstance(x, MethodType):
         return x.__func__.__code__, _looks(x.__self__)
     if isinstance(x, FunctionType) and depth:
-        return x.__code__, tuple(_looks(c, depth - 1) for c in x.__closure__ or ())
+        held = (*(x.__closure__ or ()), *(x.__defaults__ or ()))
+        options = x.__kwdefaults__ or {}
+        return (
+            x.__code__,
+            tuple(_looks(c, depth - 1) for c in held),
+            tuple((name, _looks(c, depth - 1)) for name, c in options.items()),
+        )
     if isinstance(x, CellType):
         try:
             return _looks(x.cell_contents, depth)
         except ValueError:  # it is empty still
             return None
+    if isinstance(x, (bool, int, str)):  # options, which choose what a function does
+        return type(x), x
     return type(x)
 
 

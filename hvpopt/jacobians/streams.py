@@ -1,6 +1,6 @@
 """Jacobians and Hessians in blocks, one after another, for those that no memory holds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvpopt.jacobians.dense import HessianMode, JacobianMode
+from hvpopt.jacobians.draws import Generators
 from hvpopt.jacobians.functions import Argnums
 from hvpopt.jacobians.tasks import Options, Task, values_only
 from hvpopt.jacobians.ways import Axis, Opened
@@ -88,15 +89,20 @@ def _blocks(f: Callable[..., Tree], args: tuple[Any, ...], options: Options) -> 
         if task.is_empty:
             return iter(())
         mode = task.choice().mode
-        return _each(task.way(mode).axis, task.open(mode), task.chunk_size(mode, streamed=True))
+        chunk_size = task.chunk_size(mode, streamed=True)
+        return _each(task.way(mode).axis, task.open(mode), chunk_size, task.at)
 
 
-def _each(axis: Axis, opened: Opened, chunk_size: int | None) -> Iterator[Block]:
+def _each(
+    axis: Axis, opened: Opened, chunk_size: int | None, at: Sequence[Tensor]
+) -> Iterator[Block]:
     step = chunk_size or opened.count
     for start in range(0, opened.count, step):
         stop = min(start + step, opened.count)
+        generators = Generators(at)  # the caller draws between blocks, and goes on where it was
         with values_only():
             lines = [x.flatten(1) for x in opened.lines(start, stop)]
             value = torch.cat(lines, 1) if len(lines) > 1 else lines[0]
             del lines
+        generators.rewind()
         yield Block(axis, start, stop, value if axis == "rows" else value.T)

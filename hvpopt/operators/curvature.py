@@ -43,9 +43,11 @@ class CurvatureOperator(LinearOperator):
     over terms, batches add up. What else is averaged by hand beside torch's loss function is taken
     to have as many terms.
 
-    Costs: with one batch the graph is kept between products, as long as nothing that the loss
-    depends on has changed; otherwise a product runs every batch again, one at a time.
-    ``close()``, or leaving a ``with`` block, releases the graph; later products make it anew.
+    Costs: with one batch the graph is kept between products; otherwise a product runs every batch
+    again, one at a time. ``close()``, or leaving a ``with`` block, releases the graph; later
+    products make it anew. A kept graph is made anew, too, where parameters, buffers or training
+    modes of the loss's modules have changed, or batches in a list. Of anything else that the loss
+    reads (edits of ``.data``, other tensors, numbers, a dropout rate) it hears by ``close()``.
 
     Where ``torch.distributed`` is initialised, each rank gives its own batches, and results are
     those of all of them: all ranks must then call alike. Each call makes one collective. Give the

@@ -101,7 +101,12 @@ class Batches:
 
     @property
     def _length(self) -> int | None:
-        return len(self._data) if isinstance(self._data, Sized) else None
+        if not isinstance(self._data, Sized):
+            return None
+        try:
+            return len(self._data)
+        except (TypeError, NotImplementedError):  # a DataLoader over an IterableDataset
+            return None
 
     def stamp(self) -> tuple[object, ...]:
         """Changes when batches that are held in a list or tuple are replaced or written to."""

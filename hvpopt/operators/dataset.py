@@ -16,6 +16,8 @@ from hvpopt.operators.means import WeightedMean, num_ranks
 from hvpopt.operators.points import BatchLoss, BatchPoint, NumTerms
 from hvpopt.trees import TensorList
 
+_APART = 1_000_000_007  # between the seeds of batches
+
 
 class DatasetLoss:
     """The loss over all batches, of all ranks, as a function of some parameters.
@@ -70,9 +72,19 @@ class DatasetLoss:
         self._kept.clear()
 
     def loss(self) -> Tensor:
-        """The mean loss, a scalar."""
-        like = [self.params[0].new_zeros(())]
-        return self._mean(lambda point: [point.loss()], like, "loss")[0]
+        """The mean loss, a scalar of the widest of its dtype, the parameters' and float32."""
+        dtype = torch.promote_types(self.params[0].dtype, torch.float32)
+
+        def visit(point: BatchPoint) -> TensorList:
+            nonlocal dtype
+            value = point.loss()
+            dtype = torch.promote_types(dtype, value.dtype)
+            return [value]
+
+        # one dtype on all ranks, whatever the losses have
+        wide = torch.float32 if self.params[0].device.type == "mps" else torch.float64
+        like = [self.params[0].new_zeros((), dtype=wide)]
+        return self._mean(visit, like, "loss")[0].to(dtype)
 
     def gradient(self) -> TensorList:
         """Its gradient."""
@@ -136,7 +148,8 @@ class DatasetLoss:
         closure = BatchLoss(self._loss, batch, self._num_terms)
         curvature = self.curvature
         if isinstance(curvature, MonteCarlo):  # the batches' labels are sampled independently
-            curvature = replace(curvature, seed=curvature.seed + index)
+            # far apart, as neighbouring seeds are taken for independent matrices
+            curvature = replace(curvature, seed=curvature.seed + _APART * index)
         with self._batches.seeded(index):  # the point starts every run from this state
             return BatchPoint(closure, self.params, curvature, self._choice, keep=self._keep)
 

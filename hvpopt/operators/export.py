@@ -22,6 +22,8 @@ def dense(apply: DenseMap, space: Space, memory_budget: int) -> Tensor:
         ValueError: If the matrix needs more bytes than ``memory_budget``.
     """
     n, row = space.n, space.bytes_per_vector
+    if n == 0:
+        return torch.empty(0, 0, dtype=space.dtype, device=space.device)
     least = (n + _VECTORS) * row
     if least > memory_budget:
         raise ValueError(
@@ -54,7 +56,10 @@ def as_scipy(apply: DenseMap, space: Space, *, symmetric: bool) -> Any:
     double = space.dtype == torch.float64
 
     def columns(xs: Any) -> Any:
-        rows = torch.from_numpy(np.array(np.asarray(xs).real.T, dtype="f8" if double else "f4"))
+        xs = np.asarray(xs)
+        if np.iscomplexobj(xs):
+            return columns(xs.real) + 1j * columns(xs.imag)
+        rows = torch.from_numpy(np.array(xs.T, dtype="f8" if double else "f4"))
         return apply(rows.to(space.device, space.dtype)).to("cpu", rows.dtype).numpy().T
 
     def column(x: Any) -> Any:

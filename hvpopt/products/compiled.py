@@ -43,17 +43,17 @@ class CompiledFunction:
         Raises:
             What the function itself raises.
         """
-        if self._has_failed:
-            return self._function(*operands)
-        try:
-            with torch.no_grad():
+        with torch.no_grad():  # results are values, compiled or not
+            if self._has_failed:
+                return self._function(*operands)
+            try:
                 return self.compiled(*operands)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            value = self._function(*operands)  # raises again what is not the compiler's doing
-            self.give_up(error)
-            return value
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                value = self._function(*operands)  # raises again what is not the compiler's doing
+                self.give_up(error)
+                return value
 
     def compiled(self, *operands: Any) -> Any:
         """The compiled function's value.

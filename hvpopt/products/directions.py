@@ -38,6 +38,7 @@ class Limit:
     """How many directions may go at once.
 
     Raises:
+        TypeError: If a limit is no int.
         ValueError: If a limit is not positive, or both are given.
     """
 
@@ -49,6 +50,8 @@ class Limit:
             ("chunk_size", self.chunk_size),
             ("memory_budget", self.memory_budget),
         ):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected an int.")
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1, or None.")
         if self.chunk_size is not None and self.memory_budget is not None:

@@ -10,7 +10,7 @@ from hvpopt.engines.support import differentiable_kernels
 from hvpopt.products.differences import central
 from hvpopt.products.directions import Limit, along
 from hvpopt.products.jacobian_graph import JacobianGraph
-from hvpopt.products.surroundings import must_compose
+from hvpopt.products.surroundings import must_compose, rewinder
 from hvpopt.pytrees import Tree, check_like, check_params, num_directions
 from hvpopt.trees import TensorList
 
@@ -149,6 +149,7 @@ def _lean_double_reverse(f: Callable[[Tree], Tree], params: Tree) -> Pushforward
 
 
 def _differenced(f: Callable[[Tree], Tree], params: Tree) -> Pushforward:
+    rewind = rewinder(params)
     with torch.no_grad():
         out = f(params)
     check_params(out, VALUE)
@@ -158,6 +159,7 @@ def _differenced(f: Callable[[Tree], Tree], params: Tree) -> Pushforward:
             return pytree.tree_leaves(f(p))
 
     def one(v: Tree) -> tuple[Tree, Tree]:
+        rewind()  # the differences are of the function whose value this is
         (tangent,) = central(values, params, v, (1.0,), 1 / 3)
         return out, pytree.tree_unflatten(tangent, pytree.tree_structure(out))
 

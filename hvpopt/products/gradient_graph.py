@@ -1,13 +1,14 @@
 """The gradient with its graph, by plain autograd: each Hessian product is one reverse pass."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvpopt.engines.base import fill, unit_cotangent
+from hvpopt.engines.base import fill, reverse, unit_cotangent
 from hvpopt.engines.support import differentiable_kernels
 from hvpopt.products.directions import Limit, for_each, intermediates
 from hvpopt.products.surroundings import (
@@ -49,6 +50,10 @@ class GradientGraph:
         what: str = "f",
     ) -> None:
         may_record = torch.is_grad_enabled()
+        # a compiled gradient has its kernels
+        self._around: Callable[[], AbstractContextManager[None]] = (
+            differentiable_kernels if gradient is None else nullcontext
+        )
         flat, self._spec = pytree.tree_flatten(params)
         with torch.inference_mode(False), torch.enable_grad():
             self._leaves = [ordinary(p).detach().requires_grad_() for p in flat]
@@ -79,15 +84,15 @@ class GradientGraph:
             ]
             if not pairs:
                 return self._tree([None] * len(self._leaves))
-            products = torch.autograd.grad(
-                [g for g, _ in pairs],
-                self._leaves,
-                [x for _, x in pairs],
-                retain_graph=self._is_recorded or not is_last,
-                create_graph=self._is_recorded,
-                allow_unused=True,
-            )
-            return self._tree(list(products))
+            with self._around():  # checkpointed parts of f run again
+                products = reverse(
+                    [g for g, _ in pairs],
+                    self._leaves,
+                    [x for _, x in pairs],
+                    retain_graph=self._is_recorded or not is_last,
+                    create_graph=self._is_recorded,
+                )
+            return self._tree(products)
 
     def products(self, v: Tree, k: int | None, limit: Limit, *, are_last: bool = False) -> Tree:
         """∇²f v, for one direction or for each of k; the last may free the graph."""
@@ -103,9 +108,7 @@ def _gradient(
 ) -> tuple[Tensor, list[Tensor | None]]:
     with differentiable_kernels():
         loss = f(pytree.tree_unflatten(leaves, spec), *args)
-    if not loss.requires_grad:
-        return loss, [None] * len(leaves)
-    grads = torch.autograd.grad(
-        loss, leaves, unit_cotangent(loss), create_graph=True, allow_unused=True
-    )
-    return loss, list(grads)
+        if not loss.requires_grad:
+            return loss, [None] * len(leaves)
+        one = unit_cotangent(loss)
+        return loss, reverse([loss], leaves, [one], retain_graph=True, create_graph=True)

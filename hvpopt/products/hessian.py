@@ -13,7 +13,7 @@ from hvpopt.products.differences import differenced
 from hvpopt.products.directions import Limit, along, for_each
 from hvpopt.products.first_order import check_mode
 from hvpopt.products.gradient_graph import GradientGraph
-from hvpopt.products.surroundings import must_compose, ordinary_args, rewinder
+from hvpopt.products.surroundings import in_transform, must_compose, ordinary_args, rewinder
 from hvpopt.pytrees import Tree, check_params, num_directions, scalar_valued
 
 Mode = Literal[
@@ -149,7 +149,7 @@ def _second_order(
     check_params(params, "params")
     k = num_directions(v, params, "v", "params")
     if compile and not torch.compiler.is_compiling():
-        return _compiled(f, params, v, args, mode, k)
+        return _compiled(f, params, v, args, mode, k, limit)
     composes = must_compose(params, v, args)
     if mode == "auto":
         mode = "forward_over_reverse" if composes else "reverse_over_reverse"
@@ -163,7 +163,10 @@ def _second_order(
     value = scalar_valued(lambda p: f(p, *args), "f")
 
     def one(t: Tree) -> tuple[Tree, Tree]:
-        loss, grad, hv = rule(value, params, t, with_grad=with_grad)
+        chosen = rule
+        if rule is rules.lean_reverse_over_forward and in_transform():
+            chosen = rules.reverse_over_forward  # several at once: vmap batches no plain autograd
+        loss, grad, hv = chosen(value, params, t, with_grad=with_grad)
         return (loss, grad), hv
 
     (loss, grad), hv = along(one, v, k, limit=limit, run=value, params=params)
@@ -177,6 +180,7 @@ def _compiled(
     args: tuple[Any, ...],
     mode: Mode,
     k: int | None,
+    limit: Limit,
 ) -> tuple[Tensor, Tree, Tree]:
     """Loss, gradient and product by ``torch.compile``; several directions one by one."""
     if mode == "finite_difference":
@@ -187,7 +191,7 @@ def _compiled(
     function = compiled_for(_product, f, mode)
     if function.has_failed:
         with torch.no_grad():
-            return grad_and_hvp(f, params, v, *args, mode=mode)
+            return _second_order(f, params, v, args, mode, False, limit, with_grad=True)
     params, v, args = pytree.tree_map_only(Tensor, Tensor.detach, (params, v, args))
 
     def one(t: Tree) -> tuple[Tree, Tree]:

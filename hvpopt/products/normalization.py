@@ -6,13 +6,15 @@ reverse over forward mode is then wrong without an error (by 5 to 100% of the pr
 comparing all of torch's operations with differences of gradients, torch 2.13).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from hvpopt.engines.support import graph_nodes
 
 _REFUSED: frozenset[Callable[..., Any]] = frozenset(
     (
@@ -26,6 +28,14 @@ _REFUSED: frozenset[Callable[..., Any]] = frozenset(
         *(torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve),
         torch.linalg.householder_product,
     )
+)
+
+_WRONG = (
+    "NativeLayerNormBackward",
+    "LinalgDetBackward",
+    "LinalgSlogdetBackward",
+    "LinalgSolveExBackward",
+    "LinalgHouseholderProductBackward",
 )
 
 
@@ -45,6 +55,28 @@ class ElementaryNormalization(TorchFunctionMode):
                 "mode='forward_over_reverse' or mode='reverse_over_reverse'."
             )
         return _STAND_INS.get(func, func)(*args, **(kwargs or {}))
+
+
+def check_formulas(outputs: Iterable[Tensor]) -> None:
+    """Lets outputs pass that no function with a wrong forward-mode formula led to.
+
+    TorchScript and ``torch.ops`` call operations where `ElementaryNormalization` does not see
+    them; the graph shows them all the same, except under ``torch.compile``, which has none.
+
+    Raises:
+        RuntimeError: At such a function.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for node in graph_nodes(outputs):
+        name = node.name()
+        is_batch_norm = "BatchNormBackward" in name and not name.startswith("_")
+        if name.startswith(_WRONG) or (is_batch_norm and getattr(node, "_saved_training", True)):
+            raise RuntimeError(
+                f"Reverse over forward mode is wrong through {name}, which is called from "
+                "TorchScript or aten, where it cannot be replaced: choose "
+                "mode='forward_over_reverse' or mode='reverse_over_reverse'."
+            )
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:

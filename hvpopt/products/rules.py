@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hvpopt.engines.support import differentiable_kernels
-from hvpopt.products.normalization import ElementaryNormalization
+from hvpopt.products.normalization import ElementaryNormalization, check_formulas
 from hvpopt.products.surroundings import captures_recorded, rewinder
 from hvpopt.pytrees import Tree
 
@@ -54,7 +54,9 @@ def reverse_over_forward(
     """∇(d/dε f(params + ε v)), and ∇f by one more reverse pass."""
 
     def along(p: Tree) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(f, (p,), (v,))[:2]
+        loss, slope = torch.func.jvp(f, (p,), (v,))[:2]
+        check_formulas([loss, slope])
+        return loss, slope
 
     with differentiable_kernels(), ElementaryNormalization():
         (loss, _), pullback = torch.func.vjp(along, params)[:2]
@@ -108,6 +110,7 @@ def lean_reverse_over_forward(
         leaves = [x.detach().requires_grad_() for x in flat]
         with differentiable_kernels(), ElementaryNormalization():
             loss, slope = torch.func.jvp(f, (pytree.tree_unflatten(leaves, spec),), (v,))[:2]
+    check_formulas([loss, slope])
     if may_record and captures_recorded([loss, slope], leaves):
         rewind()
         return reverse_over_forward(f, params, v, with_grad=with_grad)

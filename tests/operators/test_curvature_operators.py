@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from problems import PROBLEMS, flat, problem
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from hvpopt.engines.reduction import UnknownReductionError
 from hvpopt.operators import (
     FisherOperator,
     GGNOperator,
@@ -627,3 +628,68 @@ def test_a_training_step_is_a_loss_in_its_own_scale(tmp_path):
     dense = task.dense_ggn()
     close(module.product, dense @ flat(task.tangent()))
     close(flat(module.operator @ task.tangent()), dense @ flat(task.tangent()))
+
+
+def test_the_labels_of_batches_are_sampled_apart_from_those_of_neighbouring_seeds(data):
+    net = nn.Linear(4, 3).double()
+    batch = (data[0][:1], data[1][:1])
+
+    def sampled(seed, number):
+        loss = lambda b: F.cross_entropy(net(b[0]), b[1])  # noqa: E731
+        op = FisherOperator(loss, net.parameters(), [batch] * number, kind="monte_carlo", seed=seed)
+        return op.to_dense() * number
+
+    # the second batch of seed s is not the first of seed s + 1
+    pairs = [(sampled(s, 2) - sampled(s, 1), sampled(s + 1, 1)) for s in range(12)]
+    assert not all(torch.allclose(second, first) for second, first in pairs)
+
+
+class Stream(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
+
+
+def test_a_loader_over_an_iterable_dataset_is_data(data):
+    net, (x, _) = nn.Linear(4, 2).double(), data
+    loss = lambda x: F.mse_loss(net(x), torch.ones(len(x), 2).double())  # noqa: E731
+    streamed = HessianOperator(loss, net.parameters(), DataLoader(Stream(x), batch_size=4))
+    close(streamed.to_dense(), HessianOperator(loss, net.parameters(), [x]).to_dense())
+
+
+def test_a_complex_vector_of_scipy_keeps_its_imaginary_part(data):
+    net, (x, _) = nn.Linear(4, 2).double(), data
+    op = HessianOperator(lambda x: net(x).pow(4).mean(), net.parameters(), [x])
+    a, b = np.arange(10.0), np.ones(10)
+    found = op.to_scipy() @ (a + 1j * b)
+    dense = op.to_dense().numpy()
+    np.testing.assert_allclose(found, dense @ a + 1j * (dense @ b))
+
+
+def test_the_loss_over_several_batches_keeps_its_precision(data):
+    w = torch.full((4,), 1 / 3, dtype=torch.bfloat16, requires_grad=True)
+    batches = [x.float() for x, _ in ragged(data)]
+    op = HessianOperator(lambda x: F.mse_loss(x @ w.float(), torch.zeros(len(x))), [w], batches)
+    joined = torch.cat(batches) @ w.detach().float()
+    assert op.loss().dtype == torch.float32
+    close(op.loss(), joined.pow(2).mean(), rtol=1e-6)
+
+
+def test_a_penalty_beside_a_sum_is_refused_for_several_batches(data):
+    net, (x, _) = nn.Linear(4, 2).double(), data
+
+    def loss(x):
+        error = F.mse_loss(net(x), torch.zeros(len(x), 2).double(), reduction="sum")
+        return error + net.weight.pow(2).sum()
+
+    params = list(net.parameters())
+    close(HessianOperator(loss, params, [x]).loss(), loss(x).detach())
+    for options in ({"data": [x, x]}, {"data": [x], "micro_batch_size": 5}):
+        with pytest.raises(
+            UnknownReductionError, match=r"adds something to a sum .*num_terms='sum'"
+        ):
+            HessianOperator(loss, params, **options).loss()
+    twice = HessianOperator(loss, params, [x, x], num_terms="sum").loss()
+    close(twice, 2 * loss(x).detach())

@@ -234,3 +234,7 @@ def test_a_space_needs_real_tensors():
         LinearOperator([], lambda v: v)
     with pytest.raises(TypeError, match=r"like\[0\] is torch.int64"):
         LinearOperator([torch.zeros(2, dtype=torch.int64)], lambda v: v)
+
+
+def test_an_operator_without_entries_is_an_empty_matrix():
+    assert LinearOperator([torch.zeros(0, 2)], lambda v: v).to_dense().shape == (0, 0)
