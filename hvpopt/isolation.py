@@ -138,7 +138,7 @@ class World:
         self._devices = list({p.device for p in params})
         # by identity: a torchmetrics metric hashes its state
         self._before: dict[int, _ModuleState] = {}
-        self._random_before: _RandomState | None = None  # of the first run, of whatever kind
+        self._random_before: _RandomState | None = None
         for module in find_modules(closure):
             self._meet(module)
 
@@ -155,6 +155,10 @@ class World:
         self._before.update((id(part), _ModuleState(part)) for part in new)
         return new
 
+    def hold_random_numbers(self) -> None:
+        """Lets further runs draw the random numbers that come next."""
+        self._random_before = _RandomState(self._devices)
+
     def hold(self, leaves: Sequence[Tensor]) -> None:
         """Lets further runs leave the gradients of these alone, too."""
         self._params += leaves
@@ -162,7 +166,7 @@ class World:
     @contextmanager
     def first_run(self) -> Iterator[None]:
         """The run that counts: what it changes stays changed."""
-        self._random_before = _RandomState(self._devices)
+        self.hold_random_numbers()
         with _before_each_call(self._meet):
             yield
 
@@ -191,8 +195,9 @@ class World:
                 for part in self._meet(module):
                     isolate(part)
 
-            if self._random_before is None:
-                self._random_before = _RandomState(self._devices)
+            if self._random_before is None:  # a probe, before the first run
+                self.hold_random_numbers()
+            assert self._random_before is not None
             self._random_before.restore()
             for p in grads:
                 p.grad = None

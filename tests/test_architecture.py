@@ -55,8 +55,7 @@ def test_only_the_command_imports_hydra():
         ("closure", ("trees", "engines", "isolation", "linearization")),
         ("optim", ("trees", "engines", "closure", "linearization", "solvers")),
         ("likelihoods", ()),
-        ("fisher", ("engines", "likelihoods", "pytrees")),
-        ("products", ("engines", "fisher", "likelihoods", "linearization", "pytrees", "trees")),
+        ("products", ("engines", "likelihoods", "linearization", "pytrees", "trees")),
         ("jacobians", ("engines", "products", "pytrees", "trees")),
         ("dual", ("engines", "isolation", "trees")),
         (

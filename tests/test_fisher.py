@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hvpopt.closure import ClosureOracle
 from hvpopt.engines.choice import EngineChoice
-from hvpopt.fisher import fisher_vp
 from hvpopt.likelihoods import (
     Bernoulli,
     Categorical,
@@ -21,6 +20,7 @@ from hvpopt.likelihoods import (
     NoLikelihoodError,
     Poisson,
 )
+from hvpopt.products.fisher import fisher_vp
 
 ENGINES = ["dual", "graph"]
 KINDS = ["fisher", "fisher_mc", "empirical_fisher"]

@@ -72,6 +72,8 @@ class ClosureRuns:
         """Remembers how the world stands."""
         check_not_sharded(self.params)
         self.world = World(self._closure, self.params)
+        if self._leave_no_trace:
+            self.world.hold_random_numbers()
 
     def close(self) -> None:
         """Forgets it."""
@@ -99,7 +101,7 @@ class ClosureRuns:
         self.num_runs += 1
         self.is_counting = counts
         try:
-            with torch.enable_grad(), support.differentiable_kernels(), world:
+            with torch.enable_grad(), support.differentiable_kernels() as kernels, world:
                 with around or nullcontext(), seen:
                     returned = self._closure()
                 if first:
@@ -110,7 +112,7 @@ class ClosureRuns:
             self.is_counting = False
         if first:
             self.returned = returned
-        self._checkpoints |= seen.checkpoints
+        self._checkpoints |= kernels.checkpoints
         if seen.num_backwards == 0:
             raise NoBackwardError(NO_BACKWARD)
         if first:

@@ -19,8 +19,8 @@ from hvpopt.engines.gauss_newton import head_of
 from hvpopt.engines.split import Curvature, LossSplit
 from hvpopt.engines.support import (
     announce_accumulated,
-    graph_nodes,
     hooked,
+    reaches_dead_end,
     without_hooks,
 )
 from hvpopt.trees import TensorList
@@ -182,8 +182,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _check_twice_differentiable(roots: Sequence[Tensor | None]) -> None:
-    """Raises where a graph contains what ``once_differentiable`` leaves in place of a formula."""
-    if any(node.name().endswith("Error") for node in graph_nodes(roots)):
+    if reaches_dead_end(roots):
         raise RuntimeError(
             "The backward of a custom autograd Function is marked once_differentiable, so that "
             "double backward would take it for a constant. Write its backward in differentiable "

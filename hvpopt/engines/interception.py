@@ -10,7 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from hvpopt.engines.split import LossSplit
 from hvpopt.engines.substitutes import LINEAR_CROSS_ENTROPY, linear_cross_entropy
-from hvpopt.engines.support import saved_tensor_hooks
 
 
 class EndOfRun(BaseException):
@@ -49,7 +48,6 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         num_backwards: how many calls of ``backward`` there were.
-        checkpoints: whether a part of the run was checkpointed, and will run again.
     """
 
     def __init__(
@@ -64,14 +62,12 @@ class Interception(TorchFunctionMode):
         self._split = split
         self._stop_after = stop_after
         self.num_backwards = 0
-        self.checkpoints = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
-        self.checkpoints = self.checkpoints or saved_tensor_hooks().startswith("_checkpoint_hook.")
         if func is torch.Tensor.backward:
             self._backward(*args, **kwargs)
             return None

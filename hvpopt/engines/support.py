@@ -26,12 +26,22 @@ _RECURRENT = frozenset(
 
 
 class _Substitution(TorchFunctionMode):
-    """While active, functions with missing or wrong derivatives are computed by others."""
+    """While active, functions with missing or wrong derivatives are computed by others.
+
+    Attributes:
+        checkpoints: whether a part of what ran was checkpointed, and will run again in products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpoints = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self.checkpoints and saved_tensor_hooks().startswith("_checkpoint_hook."):
+            self.checkpoints = True
         if func in _RECURRENT:
             with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
                 return func(*args, **kwargs)
@@ -63,9 +73,10 @@ class _OrdinaryTensors(TorchFunctionMode):
         return self._copies[id(x)][1]
 
 
-def differentiable_kernels() -> AbstractContextManager[None]:
+def differentiable_kernels() -> AbstractContextManager[Any]:
     """While active, operations use kernels that have second derivatives; compiled modules too.
 
+    What the context yields says in ``checkpoints`` whether a part of what ran was checkpointed.
     Under ``torch.compile`` the compiler sees the operations themselves, so that attention is all
     that is left to choose.
     """
@@ -73,18 +84,18 @@ def differentiable_kernels() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _eager_kernels() -> Iterator[None]:
+def _eager_kernels() -> Iterator[_Substitution]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # as in trainer.validate
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(_OrdinaryTensors())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_Substitution())
+        kernels = stack.enter_context(_Substitution())
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(torch.jit.optimized_execution(False))
         if "torch._dynamo" in sys.modules:  # nothing can be compiled before this is imported
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+        yield kernels
 
 
 @contextmanager
@@ -129,6 +140,15 @@ def graph_nodes(
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def reaches_dead_end(roots: Iterable[Tensor | None]) -> bool:
+    """Whether a graph contains what ``once_differentiable`` leaves in place of a formula.
+
+    Such a node has no way to the parameters: double backward would take what comes before it for
+    a constant.
+    """
+    return any(node.name().endswith("Error") for node in graph_nodes(roots))
 
 
 @contextmanager

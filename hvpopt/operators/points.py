@@ -107,10 +107,6 @@ class BatchPoint:
             closure, params, engine=choice, leave_no_trace=True, local=True
         )
         self._oracle.__enter__()
-        world = self._oracle._runs.world
-        assert world is not None
-        with world.further_run():  # all runs start from the random state of the first, this one
-            pass
         self._trace: LinearizedClosure | None = None
         self._stamp: tuple[object, ...] = ()
 

@@ -16,10 +16,10 @@ A function that updates a captured tensor in place, such as BatchNorm's running 
 training mode, must be given a copy of it: ``functional_call(net, (params, clones), x)``.
 """
 
-from hvpopt.fisher import fisher_vp
 from hvpopt.linearization import Linearization
 from hvpopt.products.differences import FiniteDifference, hvp_finite_difference
 from hvpopt.products.first_order import jvp, vjp
+from hvpopt.products.fisher import fisher_vp
 from hvpopt.products.gauss_newton import ggnvp
 from hvpopt.products.hessian import grad_and_hvp, hvp
 from hvpopt.products.linearized import linearize

@@ -85,17 +85,26 @@ def ggnvp(
 Product = Callable[[Tree], tuple[Tree, Tree]]
 
 
+def forward_and_back(
+    model: Callable[[Tree], Tree], params: Tree, v: Tree
+) -> tuple[Tree, Tree, Callable[..., Tree]]:
+    """The output z, J v, and u ↦ (Jᵀu,), over one run of the model."""
+
+    def pushed(p: Tree) -> tuple[Tree, Tree]:
+        z, tangent = torch.func.jvp(model, (p,), (v,))[:2]
+        check_params(z, OUTPUT)
+        return z, tangent
+
+    with differentiable_kernels():
+        z, pullback, tangent = torch.func.vjp(pushed, params, has_aux=True)  # type: ignore[misc]
+    return z, tangent, pullback
+
+
 def _forward(
     model: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree, composes: bool
 ) -> Product:
     def one(v: Tree) -> tuple[Tree, Tree]:
-        def pushed(p: Tree) -> tuple[Tree, Tree]:
-            z, tangent = torch.func.jvp(model, (p,), (v,))[:2]
-            check_params(z, OUTPUT)
-            return z, tangent
-
-        with differentiable_kernels():
-            z, pullback, tangent = torch.func.vjp(pushed, params, has_aux=True)  # type: ignore[misc]
+        z, tangent, pullback = forward_and_back(model, params, v)
         curved = reverse_over_reverse(scalar_valued(loss, "loss"), z, tangent)[2]
         # What captured tensors add to a graph is recorded; where there is none, none is built.
         recorded = composes or any(x.requires_grad for x in pytree.tree_leaves((z, curved)))

@@ -1,7 +1,7 @@
 """The gradient with its graph, by plain autograd: each Hessian product is one reverse pass."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,16 +50,17 @@ class GradientGraph:
         what: str = "f",
     ) -> None:
         may_record = torch.is_grad_enabled()
-        # a compiled gradient has its kernels
-        self._around: Callable[[], AbstractContextManager[None]] = (
-            differentiable_kernels if gradient is None else nullcontext
-        )
         flat, self._spec = pytree.tree_flatten(params)
         with torch.inference_mode(False), torch.enable_grad():
             self._leaves = [ordinary(p).detach().requires_grad_() for p in flat]
             args = ordinary_args(args)
             checked = scalar_valued(f, what)
-            loss, grads = (gradient or _gradient)(checked, self._leaves, self._spec, args)
+            # a compiled gradient has its kernels; without, only checkpointed parts run again
+            runs_again, gradient = gradient is None, gradient or _gradient
+            kernels: Any
+            with differentiable_kernels() if runs_again else nullcontext() as kernels:
+                loss, grads = gradient(checked, self._leaves, self._spec, args)
+            self._runs_again = runs_again and getattr(kernels, "checkpoints", False)
         check_twice_differentiable([loss], grads)
         self._loss, self._grads = loss, grads
         self._is_recorded = may_record and captures_recorded([loss], self._leaves)
@@ -84,7 +85,7 @@ class GradientGraph:
             ]
             if not pairs:
                 return self._tree([None] * len(self._leaves))
-            with self._around():  # checkpointed parts of f run again
+            with differentiable_kernels() if self._runs_again else nullcontext():
                 products = reverse(
                     [g for g, _ in pairs],
                     self._leaves,
@@ -106,9 +107,9 @@ class GradientGraph:
 def _gradient(
     f: Callable[..., Tensor], leaves: list[Tensor], spec: pytree.TreeSpec, args: tuple[Any, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    with differentiable_kernels():
-        loss = f(pytree.tree_unflatten(leaves, spec), *args)
-        if not loss.requires_grad:
-            return loss, [None] * len(leaves)
-        one = unit_cotangent(loss)
-        return loss, reverse([loss], leaves, [one], retain_graph=True, create_graph=True)
+    loss = f(pytree.tree_unflatten(leaves, spec), *args)
+    if not loss.requires_grad:
+        return loss, [None] * len(leaves)
+    return loss, reverse(
+        [loss], leaves, [unit_cotangent(loss)], retain_graph=True, create_graph=True
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from hvpopt.engines.support import graph_nodes
+from hvpopt.engines.support import graph_nodes, reaches_dead_end
 
 
 def must_compose(*trees: Any) -> bool:
@@ -48,16 +48,13 @@ def check_twice_differentiable(
 ) -> None:
     """Raises where the gradients of outputs only seem to be differentiable.
 
-    ``once_differentiable`` leaves a node without a way to the parameters in the graph, and double
-    backward would take what comes before it for a constant.
-
     Raises:
         RuntimeError: If there is such a node.
     """
     custom = torch.autograd.function.BackwardCFunction
     if not any(isinstance(node, custom) for node in graph_nodes(outputs)):
         return  # the graph of the gradients is longer
-    if any(node.name().endswith("Error") for node in graph_nodes(gradients)):
+    if reaches_dead_end(gradients):
         raise RuntimeError(
             "The backward of a custom autograd Function is marked once_differentiable: write it "
             "in differentiable operations and remove the mark, or take "

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hvpopt.engines.support import differentiable_kernels
 from hvpopt.likelihoods import (
     Bernoulli,
     Categorical,
@@ -18,6 +17,7 @@ from hvpopt.likelihoods import (
     check_num_samples,
     wide,
 )
+from hvpopt.products.gauss_newton import forward_and_back
 from hvpopt.pytrees import Tree, check_like, check_params
 
 LikelihoodName = Literal["categorical", "bernoulli", "gaussian", "poisson"]
@@ -106,18 +106,12 @@ def fisher_vp(
     if kind == "empirical" and targets is None:
         raise ValueError("kind='empirical' needs the labels: pass targets=...")
 
-    def pushed(p: Tree) -> tuple[Tensor, Tensor]:
-        z, tangent = torch.func.jvp(lambda q: model(q, *args), (p,), (v,))[:2]
-        check_params(z, "the model's output")
-        if not isinstance(z, Tensor):
-            raise TypeError(
-                f"the model returned a {type(z).__name__}; expected one tensor, the likelihood's "
-                "parameters."
-            )
-        return z, tangent
-
-    with differentiable_kernels():
-        z, pullback, tangent = torch.func.vjp(pushed, params, has_aux=True)  # type: ignore[misc]
+    z, tangent, pullback = forward_and_back(lambda p: model(p, *args), params, v)
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"the model returned a {type(z).__name__}; expected one tensor, the likelihood's "
+            "parameters."
+        )
     terms = _terms(likelihood, z, targets, reduction)
     curve = terms.fisher(kind, num_samples=num_samples, generator=generator)
     return pullback(curve(tangent))[0]
