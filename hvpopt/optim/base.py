@@ -150,6 +150,7 @@ class ClosureOptimizer(Optimizer):
             except BaseException:
                 trees.copy_(params, start)
                 raise
+        torch.autograd.graph.increment_version(params)
         self._account(report)
         returned = oracle.returned
         return returned.detach() if isinstance(returned, Tensor) else returned

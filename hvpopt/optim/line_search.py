@@ -31,6 +31,7 @@ def armijo(
     factor: float = 0.5,
     max_evaluations: int = 10,
     noise: float = 0.0,
+    first_value: float | None = None,
 ) -> LineSearchResult:
     """The first of the steps 1, factor, factor², … that decreases the loss sufficiently:
 
@@ -44,6 +45,7 @@ def armijo(
         factor: what a rejected step is multiplied by.
         max_evaluations: after so many trials the search gives up.
         noise: the rounding error of the loss, below which an increase is none.
+        first_value: F(θ + p), where it is known and ``evaluate`` was last called with 1.
 
     Returns:
         The last step tried is the accepted one, so that what ``evaluate`` moved stays there.
@@ -56,7 +58,8 @@ def armijo(
     """
     step, first = 1.0, math.nan
     for trial in range(1, max_evaluations + 1):
-        reached = evaluate(step)
+        known = first_value if trial == 1 else None
+        reached = evaluate(step) if known is None else known
         if trial == 1:
             first = reached
         if reached <= value + sufficient_decrease * step * slope + noise:

@@ -1,5 +1,7 @@
 """The function that a Newton step minimises: the closure's loss with weight decay."""
 
+import math
+
 import torch
 
 from hvpopt import trees
@@ -25,7 +27,9 @@ class Objective:
 
     Attributes:
         grad: the gradient of F at θ.
+        decay: wd of each parameter.
         value: F(θ), up to tᵀθ.
+        eps: the machine's, of the loss.
         noise: the rounding error to expect in differences of F.
     """
 
@@ -38,36 +42,64 @@ class Objective:
         decay: list[float],
     ) -> None:
         self._oracle, self._point = oracle, point
-        self._params, self._start, self._decay = params, start, decay
+        self._params, self._start, self.decay = params, start, decay
+        self._is_moved = False
         same = all(map(torch.equal, point.grad, point.batch_grad))
         self._tilt = None if same else trees.add(point.grad, point.batch_grad, -1.0)
         self.grad = (
             trees.add(point.grad, trees.scale_each(decay, start)) if any(decay) else point.grad
         )
         self.value = float(point.loss) + self._penalty()
-        self.noise = 4 * torch.finfo(point.loss.dtype).eps * abs(self.value)
+        self.eps = torch.finfo(point.loss.dtype).eps
+        self.noise = 4 * self.eps * abs(self.value)
 
-    @property
-    def is_tilted(self) -> bool:
-        """Whether t is not zero."""
-        return self._tilt is not None
+    def at(self, point: LinearizedClosure) -> "Objective":
+        """The same with another curvature, that of ``point``."""
+        return Objective(self._oracle, point, self._params, self._start, self.decay)
 
     def _penalty(self) -> float:
-        if not any(self._decay):
+        if not any(self.decay):
             return 0.0
-        return 0.5 * float(trees.dot(trees.scale_each(self._decay, self._params), self._params))
+        return 0.5 * float(trees.dot(trees.scale_each(self.decay, self._params), self._params))
 
     def product(self, v: TensorList) -> TensorList:
-        """B v, without damping."""
+        """B v at θ, without damping."""
+        if self._is_moved:
+            self.restore()
         product = self._point.product(v)
-        return trees.add(product, trees.scale_each(self._decay, v)) if any(self._decay) else product
+        return trees.add(product, trees.scale_each(self.decay, v)) if any(self.decay) else product
+
+    def put(self, update: TensorList, length: float) -> None:
+        """Puts the parameters at θ + length·update.
+
+        The graph that products go through holds the parameters, and may be used again when they
+        are back at θ: they are written unseen by its check of versions.
+        """
+        trees.copy_([p.data for p in self._params], trees.add(self._start, update, length))
+        self._is_moved = True
 
     def move(self, update: TensorList, length: float) -> float:
         """Puts the parameters at θ + length·update and returns F there."""
-        trees.copy_(self._params, trees.add(self._start, update, length))
+        self.put(update, length)
         tilt = length * float(trees.dot(self._tilt, update)) if self._tilt else 0.0
         return float(self._oracle.evaluate()) + self._penalty() + tilt
 
     def restore(self) -> None:
         """Puts the parameters back to θ, exactly."""
-        trees.copy_(self._params, self._start)
+        trees.copy_([p.data for p in self._params], self._start)
+        self._is_moved = False
+
+
+def clipping(grad: TensorList, batch_grad: TensorList) -> float:
+    """By how much the first gradient is the second one scaled down, or clipped by value; else 1."""
+    if all(map(torch.equal, grad, batch_grad)):
+        return 1.0
+    norm, batch_norm = float(trees.norm(grad)), float(trees.norm(batch_grad))
+    if not 0 < norm < batch_norm < math.inf:
+        return 1.0
+    bound = max(float(g.abs().max()) for g in grad)
+    is_scaled = float(trees.dot(grad, batch_grad)) > (1 - 1e-5) * norm * batch_norm
+    is_clamped = all(
+        torch.allclose(g, b.clamp(-bound, bound)) for g, b in zip(grad, batch_grad, strict=True)
+    )
+    return norm / batch_norm if is_scaled or is_clamped else 1.0

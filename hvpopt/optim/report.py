@@ -75,8 +75,12 @@ class NewtonCGReport(StepReport):
         objective, objective_after: its values before and after the step, on the same batch.
         damping: λ that was used, of the first group.
         reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
+        slope_ratio: the slope of this batch's objective at the end of the last step, along that
+            step, over the slope at its start on its own batch; negative where it went too far,
+            NaN where the batch is the same.
         cg_steps: steps of CG.
         cg_status: why CG ended.
+        cg_iterate: the step of CG whose iterate was taken; 0 for a direction of negative curvature.
         min_curvature: the least pᵀA p / ‖p‖² that CG met, damping included.
         step_length: multiple of the direction that was taken; 0 for none.
         grad_norm: of the objective's gradient.
@@ -89,8 +93,10 @@ class NewtonCGReport(StepReport):
     objective_after: float = math.nan
     damping: float = math.nan
     reduction_ratio: float = math.nan
+    slope_ratio: float = math.nan
     cg_steps: int = 0
     cg_status: Status | None = None
+    cg_iterate: int = 0
     min_curvature: float = math.nan
     step_length: float = 0.0
     grad_norm: float = math.nan

@@ -1,0 +1,153 @@
+"""The quadratic model that a Newton step minimises, and its damped minimisation by CG."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hvpopt import trees
+from hvpopt.optim.objective import Objective
+from hvpopt.solvers.cg import cg
+from hvpopt.solvers.result import Iterate, Solution
+from hvpopt.solvers.stopping import StoppingRule
+from hvpopt.trees import TensorList
+
+Precondition = Callable[[TensorList, Sequence[float]], TensorList]
+"""(r, λ of each parameter) ↦ M⁻¹ r."""
+
+
+_WORTH = 1e-3
+
+
+@dataclass(frozen=True)
+class DampedModel:
+    """m(d) = gᵀd + ½ dᵀ(B + λ I) d of an objective, with λ of each parameter.
+
+    Attributes:
+        objective: gives g and B.
+        damping: λ, one number a parameter.
+        precondition: for CG; none where None.
+    """
+
+    objective: Objective
+    damping: Sequence[float]
+    precondition: Precondition | None = None
+
+    def product(self, v: TensorList) -> TensorList:
+        """(B + λ I) v."""
+        return trees.add(self.objective.product(v), trees.scale_each(self.damping, v))
+
+    def minimized(
+        self,
+        *,
+        x0: TensorList | None,
+        stop: StoppingRule,
+        max_steps: int,
+        keep_iterates: bool,
+    ) -> Solution:
+        """The solution of (B + λ I) d = −g by CG, from ``x0``.
+
+        CG sees the gradient at unit length, so that neither its squares overflow nor a stopping
+        rule depends on the loss's scale.
+        """
+        size = float(trees.norm(self.objective.grad))
+        shift = [a + b for a, b in zip(self.damping, self.objective.decay, strict=True)]
+        precondition = self.precondition
+        unit = cg(
+            self.product,
+            trees.scale(self.objective.grad, -1 / size),
+            x0=None if x0 is None else trees.scale(x0, 1 / size),
+            preconditioner=None if precondition is None else lambda r: precondition(r, shift),
+            stop=stop,
+            max_steps=max_steps,
+            keep_iterates=keep_iterates,
+        )
+        return replace(
+            unit,
+            value=trees.scale(unit.value, size),
+            direction=None if unit.direction is None else trees.scale(unit.direction, size),
+            residual_norm=unit.residual_norm * size,
+            model_values=tuple(m * size**2 for m in unit.model_values),
+            iterates=tuple(
+                Iterate(i.num_steps, i.model_value * size**2, trees.scale(i.value, size))
+                for i in unit.iterates
+            ),
+        )
+
+    def undamped_curvature(self, d: TensorList, model_value: float) -> float:
+        """dᵀB d, from the value m(d) that CG knows."""
+        slope = float(trees.dot(self.objective.grad, d))
+        damped = 2 * (model_value - slope)
+        return damped - float(trees.dot(trees.scale_each(self.damping, d), d))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step p that may be taken, with the model's figures and the objective there.
+
+    Attributes:
+        update: p.
+        slope: gᵀp.
+        curved: pᵀB p, without damping.
+        value: F(θ + p); NaN where it was not evaluated.
+        num_steps: the steps of CG that led to it.
+    """
+
+    update: TensorList
+    slope: float
+    curved: float
+    value: float
+    num_steps: int
+
+    def predicted(self, length: float = 1.0) -> float:
+        """The model's change of F along length·p, without damping."""
+        return length * self.slope + 0.5 * length**2 * self.curved
+
+
+def trial(
+    model: DampedModel, lr: Sequence[float], d: TensorList, num_steps: int, value: float | None
+) -> Trial:
+    """The trial step p = lr·d; its curvature by what CG knows of m(d), ``value``, where it can."""
+    objective = model.objective
+    update = trees.scale_each(lr, d)
+    slope = float(trees.dot(objective.grad, update))
+    if value is None or len(set(lr)) > 1:
+        curved = float(trees.dot(update, objective.product(update)))
+    else:
+        curved = lr[0] ** 2 * model.undamped_curvature(d, value)
+    return Trial(update, slope, curved, objective.move(update, 1.0), num_steps)
+
+
+def best_trial(model: DampedModel, lr: Sequence[float], solution: Solution) -> tuple[Trial, float]:
+    """The best of CG's iterates for F itself, with the parameters there; and F at the last one.
+
+    CG minimises the model; its last steps go where the model is least trusted. The walk from the
+    last iterate back ends where F stops falling, by a share of its decrease that rounding does not
+    decide. A direction of negative curvature that CG met is
+    taken where F is lower along it.
+
+    Source: Martens (2010), section 4.6.
+    """
+    last = trial(model, lr, solution.value, solution.num_steps, solution.model_value)
+    best = last
+    for kept in reversed(solution.iterates[:-1]):
+        earlier = trial(model, lr, kept.value, kept.num_steps, kept.model_value)
+        enough = best.value - _WORTH * abs(model.objective.value - best.value)
+        if math.isfinite(enough) and not earlier.value < enough:
+            break
+        best = earlier
+    if solution.direction is not None:
+        uphill = trees.dot(model.objective.grad, solution.direction) > 0
+        downhill = trees.scale(solution.direction, -1.0 if uphill else 1.0)
+        across = trial(model, lr, downhill, 0, None)
+        if solution.num_steps == 0 or across.value < best.value:
+            return across, across.value
+    model.objective.put(best.update, 1.0)
+    return best, last.value
+
+
+def tensors(values: Sequence[Tensor | None]) -> TensorList | None:
+    """The values, if none is missing."""
+    present = [v for v in values if v is not None]
+    return present if len(present) == len(values) else None

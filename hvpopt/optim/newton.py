@@ -1,0 +1,226 @@
+"""What Newton's methods on a training closure share: one step's objective, state and failures."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from hvpopt import trees
+from hvpopt.closure import ClosureOracle
+from hvpopt.engines.blame import UnsupportedOperationError
+from hvpopt.engines.choice import EngineName
+from hvpopt.engines.split import Curvature, curvature_name
+from hvpopt.linearization import LinearizedClosure
+from hvpopt.optim.base import ClosureOptimizer, check_range, logger
+from hvpopt.optim.model import Precondition, tensors
+from hvpopt.optim.objective import Objective, clipping
+from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
+from hvpopt.optim.saddle import escaped, most_negative
+from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State
+from hvpopt.trees import TensorList
+
+CLIPPED = (
+    "The gradient reached %s clipped (Trainer's gradient_clip_val?). Its step solves a system with "
+    "the gradient on the right-hand side: scaling that down by %.2g makes the step as much "
+    "shorter, whatever the curvature says. Leave the clipping out: the damping and the search "
+    "along the direction bound the step."
+)
+
+
+class Step:
+    """One step under way: the objective, and the state it will leave if it ends well.
+
+    Args:
+        objective: at the parameters.
+        states: drafts of the parameters' states.
+        precondition: for CG, or None.
+        report: makes the report from an outcome and figures.
+
+    Attributes:
+        objective, precondition, report: as given.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        states: Sequence[State],
+        precondition: Precondition | None,
+        report: Callable[..., NewtonCGReport],
+    ) -> None:
+        self.objective, self._states = objective, states
+        self.precondition, self.report = precondition, report
+
+    def kept(self, key: str) -> list[Any]:
+        """What earlier steps kept of each parameter; None where they did not."""
+        return [state.get(key) for state in self._states]
+
+    def keep(self, **values: TensorList) -> None:
+        """Keeps lists of tensors, one a parameter, for later steps."""
+        for key, of_each in values.items():
+            for state, value in zip(self._states, of_each, strict=True):
+                state[key] = value
+
+    def expect(self, value: float, slope: float) -> None:
+        """Keeps F where the step ended, and gᵀp, p the step, where it began."""
+        self._states[0].update(objective=value, slope=slope)
+
+    def slope_ratio(self) -> float:
+        """g′ᵀp / gᵀp of the last step p, with g′ the gradient here, where it ended.
+
+        NaN where this step's batch is the last one's, and says nothing new. It is another one
+        where F is not what the last step left it at, to half of the digits.
+        """
+        expected, slope = self._states[0].get("objective"), self._states[0].get("slope")
+        update = tensors(self.kept("update"))
+        if expected is None or not slope or update is None:
+            return math.nan
+        objective = self.objective
+        if abs(objective.value - expected) <= math.sqrt(objective.eps) * abs(objective.value):
+            return math.nan
+        return float(trees.dot(objective.grad, update)) / slope
+
+
+class NewtonOptimizer(ClosureOptimizer):
+    """A Newton method whose steps see an `Objective`, with a preconditioner where wanted.
+
+    Args:
+        params: parameters, named parameters, or groups.
+        defaults: the groups' defaults, "lr" and "weight_decay" among them.
+        curvature: "ggn" or "hessian".
+        preconditioner: see `hvpopt.preconditioners`.
+        grad_tolerance: at or below this norm of the gradient a step ends as converged.
+        seed: of the preconditioner's random numbers.
+        engine, max_consecutive_failures: see `ClosureOptimizer`.
+
+    Raises:
+        ValueError: for an argument out of range.
+        TypeError: for a preconditioner that is none.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        curvature: Curvature,
+        preconditioner: Preconditioner | None,
+        grad_tolerance: float,
+        seed: int,
+        engine: EngineName,
+        max_consecutive_failures: int,
+    ) -> None:
+        if curvature_name(curvature) not in ("ggn", "hessian"):
+            raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
+        if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
+            raise TypeError(
+                f"preconditioner is a {type(preconditioner).__name__}: expected one of "
+                "hvpopt.preconditioners, such as Kronecker()."
+            )
+        self._curvature: Curvature = curvature
+        self._preconditioner = preconditioner
+        self._grad_tolerance = check_range("grad_tolerance", grad_tolerance, 0.0)
+        self._seed = seed
+        self._said: set[str] = set()
+        super().__init__(
+            params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+
+    @abstractmethod
+    def _descend(self, step: Step) -> NewtonCGReport:
+        """Moves the parameters from a point with a finite, non-zero gradient."""
+
+    def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
+        point = oracle.trace(self._curvature)
+        self._check_gradients(oracle, params)
+        objective = Objective(oracle, point, params, start, self._per_parameter("weight_decay"))
+        grad_norm = float(trees.norm(objective.grad))
+        self._warn_of_clipping(point)
+        figures: dict[str, Any] = {
+            "loss": float(point.loss), "objective": objective.value, "grad_norm": grad_norm,
+        }  # fmt: skip
+
+        def report(outcome: Outcome, **said: Any) -> NewtonCGReport:
+            return NewtonCGReport(
+                outcome=outcome,
+                num_closure_runs=oracle.num_runs,
+                num_products=oracle.num_products,
+                **figures,
+                **said,
+            )
+
+        if not math.isfinite(objective.value):
+            return report(Outcome.NONFINITE_LOSS)
+        if not math.isfinite(grad_norm):
+            return report(Outcome.NONFINITE_GRADIENT)
+        if grad_norm <= self._grad_tolerance:
+            return self._leave_saddle(oracle, objective, params, report)
+        drafts = [dict(self.state[p]) for p in params]
+        precondition = self._prepared(oracle, objective, params, drafts, point.product)
+        taken = self._descend(Step(objective, drafts, precondition, report))
+        if not taken.outcome.failed:
+            for p, draft in zip(params, drafts, strict=True):
+                self.state[p].update(draft, step=draft.get("step", 0) + 1)
+        return taken
+
+    def _warn_of_clipping(self, point: LinearizedClosure) -> None:
+        scale = clipping(point.grad, point.batch_grad)
+        if scale < 1 and CLIPPED not in self._said:
+            self._said.add(CLIPPED)
+            logger.warning(CLIPPED, type(self).__name__, scale)
+
+    def _leave_saddle(
+        self,
+        oracle: ClosureOracle,
+        objective: Objective,
+        params: TensorList,
+        report: Callable[..., NewtonCGReport],
+    ) -> NewtonCGReport:
+        """A step along the Hessian's negative curvature, or the report of convergence."""
+        found = None
+        with suppress(UnsupportedOperationError):  # then there is no telling
+            point = oracle.trace("hessian")
+            hessian = objective.at(point)
+            found = most_negative(hessian, params, seed=self._seed)
+        if found is None:
+            return report(Outcome.CONVERGED, objective_after=objective.value)
+        search = escaped(objective, *found)
+        return report(
+            Outcome.STEPPED if search.step else Outcome.REJECTED,
+            objective_after=search.value,
+            min_curvature=found[0],
+            step_length=search.step,
+            update_norm=abs(search.step),
+        )
+
+    def _prepared(
+        self,
+        oracle: ClosureOracle,
+        objective: Objective,
+        params: TensorList,
+        drafts: list[State],
+        product: Any,
+    ) -> Precondition | None:
+        """The preconditioner at this step; None where there is none, or it came to nothing."""
+        chosen = self._preconditioner
+        if chosen is None:
+            return None
+        num_steps = int(drafts[0].get("step", 0))
+        point = CurvaturePoint(
+            params=params,
+            grad=objective.grad,
+            product=product,
+            oracle=oracle,
+            seed=self._seed + num_steps,
+        )
+        with torch.no_grad():
+            chosen.prepare(point, drafts, num_steps)
+        if not chosen.is_ready(drafts):
+            return None
+        return lambda r, shift: chosen.solve(r, drafts, shift)

@@ -1,0 +1,1 @@
+"""Preconditioners for conjugate gradients on curvature matrices."""
