@@ -9,6 +9,7 @@ from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.newton_cg import NewtonCG
 from hvpopt.optim.report import NewtonCGReport
 from hvpopt.optim.smd import SMD, SMDReport
+from hvpopt.optim.trust_region import TrustRegionNewtonCG
 
 __all__ = [
     "SMD",
@@ -17,5 +18,6 @@ __all__ = [
     "NewtonCG",
     "NewtonCGReport",
     "SMDReport",
+    "TrustRegionNewtonCG",
     "dual",
 ]

@@ -96,6 +96,8 @@ def _train(make, closure, params):
 
 OPTIMIZERS = {
     "newton_cg": hvpopt.NewtonCG,
+    "newton_cg hessian": lambda p: hvpopt.NewtonCG(p, curvature="hessian"),
+    "trust_region": hvpopt.TrustRegionNewtonCG,
     "smd": hvpopt.SMD,
     "smd unguarded": lambda p: hvpopt.SMD(p, overshoot_guard=False),
 }

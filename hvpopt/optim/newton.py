@@ -63,6 +63,14 @@ class Step:
             for state, value in zip(self._states, of_each, strict=True):
                 state[key] = value
 
+    def number(self, key: str) -> float | None:
+        """What an earlier step kept of all parameters together."""
+        return self._states[0].get(key)
+
+    def remember(self, **values: float) -> None:
+        """Keeps numbers for later steps."""
+        self._states[0].update(values)
+
     def expect(self, value: float, slope: float) -> None:
         """Keeps F where the step ended, and gᵀp, p the step, where it began."""
         self._states[0].update(objective=value, slope=slope)

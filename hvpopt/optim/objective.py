@@ -57,6 +57,11 @@ class Objective:
         """The same with another curvature, that of ``point``."""
         return Objective(self._oracle, point, self._params, self._start, self.decay)
 
+    @property
+    def start_norm(self) -> float:
+        """‖θ‖."""
+        return float(trees.norm(self._start))
+
     def _penalty(self) -> float:
         if not any(self.decay):
             return 0.0

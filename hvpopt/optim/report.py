@@ -73,7 +73,8 @@ class NewtonCGReport(StepReport):
 
     Attributes:
         objective, objective_after: its values before and after the step, on the same batch.
-        damping: λ that was used, of the first group.
+        damping: λ that was used, of the first group; NaN in a trust region.
+        radius: of the trust region; NaN without one.
         reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
         slope_ratio: the slope of this batch's objective at the end of the last step, along that
             step, over the slope at its start on its own batch; negative where it went too far,
@@ -92,6 +93,7 @@ class NewtonCGReport(StepReport):
     objective: float = math.nan
     objective_after: float = math.nan
     damping: float = math.nan
+    radius: float = math.nan
     reduction_ratio: float = math.nan
     slope_ratio: float = math.nan
     cg_steps: int = 0
