@@ -58,6 +58,7 @@ def test_only_the_command_imports_hydra():
             ("trees", "engines", "closure", "linearization", "preconditioners", "solvers"),
         ),
         ("preconditioners", ("closure", "engines", "likelihoods", "trees")),
+        ("minimization", ("engines", "products", "pytrees", "solvers", "trees")),
         ("likelihoods", ()),
         ("products", ("engines", "likelihoods", "linearization", "pytrees", "trees")),
         ("jacobians", ("engines", "products", "pytrees", "trees")),

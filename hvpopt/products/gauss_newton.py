@@ -13,7 +13,7 @@ from hvpopt.products.first_order import check_mode
 from hvpopt.products.gradient_graph import GradientGraph
 from hvpopt.products.jacobian_graph import JacobianGraph
 from hvpopt.products.rules import reverse_over_reverse
-from hvpopt.products.surroundings import must_compose
+from hvpopt.products.surroundings import must_compose, rewinder
 from hvpopt.pytrees import Tree, check_params, num_directions, scalar_valued
 
 Mode = Literal["forward", "double_reverse"]
@@ -77,6 +77,8 @@ def ggnvp(
 
     if mode == "double_reverse":
         one = (_double_reverse if composes else _lean_double_reverse)(value, loss, params)
+    elif k is not None and not composes:
+        one = _apart(value, loss, params)
     else:
         one = _forward(value, loss, params, composes)
     return along(one, v, k, limit=limit, run=value, params=params)[1]
@@ -106,12 +108,38 @@ def _forward(
     def one(v: Tree) -> tuple[Tree, Tree]:
         z, tangent, pullback = forward_and_back(model, params, v)
         curved = reverse_over_reverse(scalar_valued(loss, "loss"), z, tangent)[2]
-        # What captured tensors add to a graph is recorded; where there is none, none is built.
-        recorded = composes or any(x.requires_grad for x in pytree.tree_leaves((z, curved)))
-        record = recorded and torch.is_grad_enabled()
+        record = (composes or _is_recorded(z, curved)) and torch.is_grad_enabled()
         return (), pullback(curved, retain_graph=record, create_graph=record)[0]
 
     return one
+
+
+def _apart(
+    model: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree
+) -> Product:
+    """For several directions: one run for Jᵀ, which all share, and forward mode in runs of its own.
+
+    Forward mode inside of the run for Jᵀ would record the tangents of all directions, too.
+    """
+    rewind = rewinder(params)
+    with differentiable_kernels():
+        z, pullback = torch.func.vjp(model, params)[:2]
+    check_params(z, OUTPUT)
+
+    def one(v: Tree) -> tuple[Tree, Tree]:
+        rewind()
+        with differentiable_kernels():
+            tangent = torch.func.jvp(model, (params,), (v,))[1]
+        curved = reverse_over_reverse(scalar_valued(loss, "loss"), z, tangent)[2]
+        record = _is_recorded(z, curved) and torch.is_grad_enabled()
+        return (), pullback(curved, retain_graph=True, create_graph=record)[0]
+
+    return one
+
+
+def _is_recorded(*trees: Tree) -> bool:
+    """Whether captured tensors add to a graph; where there is none, none is built."""
+    return any(x.requires_grad for x in pytree.tree_leaves(trees))
 
 
 def _double_reverse(

@@ -1,8 +1,11 @@
 """Iterative solvers that need an operator only through its products."""
 
+from hvpopt.solvers.capped_cg import capped_cg
 from hvpopt.solvers.cg import cg
+from hvpopt.solvers.gltr import KrylovTrustRegion
 from hvpopt.solvers.lanczos import Eigenpairs, Tridiagonal, lanczos, top_eigenpairs
-from hvpopt.solvers.result import Iterate, Solution, Status
+from hvpopt.solvers.result import Iterate, Solution, Status, TrustRegionStep
+from hvpopt.solvers.steihaug import steihaug
 from hvpopt.solvers.stopping import (
     FirstOf,
     Progress,
@@ -15,6 +18,7 @@ __all__ = [
     "Eigenpairs",
     "FirstOf",
     "Iterate",
+    "KrylovTrustRegion",
     "Progress",
     "RelativeProgress",
     "ResidualNorm",
@@ -22,7 +26,10 @@ __all__ = [
     "Status",
     "StoppingRule",
     "Tridiagonal",
+    "TrustRegionStep",
+    "capped_cg",
     "cg",
     "lanczos",
+    "steihaug",
     "top_eigenpairs",
 ]

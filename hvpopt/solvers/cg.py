@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hvpopt import trees
 from hvpopt.solvers.checks import Operator, checked_like, checked_map, checked_vector
+from hvpopt.solvers.conjugate import model_at, numbers, take_step, times
 from hvpopt.solvers.result import Iterate, Solution, Status
 from hvpopt.solvers.stopping import (
     FirstOf,
@@ -82,7 +82,7 @@ def cg(
     apply = checked_map(matvec, b, "matvec")
     precondition = checked_map(preconditioner, b, "preconditioner") if preconditioner else None
     x, r, num_products = _start(apply, b, x0)
-    bb, rr, model = _numbers(trees.dot(b, b), trees.dot(r, r), _model(x, r, b))
+    bb, rr, model = numbers(trees.dot(b, b), trees.dot(r, r), model_at(x, r, b))
     rhs_norm, residual_norm = math.sqrt(bb), math.sqrt(rr)
     rounding = torch.finfo(trees.dot(b, b).dtype).eps
     stop = FirstOf((ResidualNorm(rtol=rounding), stop))
@@ -104,7 +104,7 @@ def cg(
 
     step = 0
     while status is None:
-        taken = _take_step(apply, b, x, r, p, rz, rounding)
+        taken = take_step(apply, b, x, r, p, rz, rounding)
         num_products += 1
         if math.isfinite(taken.curvature):
             min_curvature = min(min_curvature, taken.curvature)
@@ -127,7 +127,7 @@ def cg(
         if status is None:
             z = precondition(r) if precondition else r
             rz, rz_before = trees.dot(r, z), rz
-            p = trees.add(z, _times(rz / rz_before, p))
+            p = trees.add(z, times(rz / rz_before, p))
 
     if keep_iterates and step > 0 and (not kept or kept[-1].num_steps != step):
         kept.append(Iterate(step, values[-1], x))
@@ -144,51 +144,6 @@ def cg(
     )
 
 
-class _Taken(NamedTuple):
-    """What the host learns about one step, in a single transfer."""
-
-    refusal: Status | None
-    curvature: float
-    residual_norm: float
-    model: float
-
-
-def _take_step(
-    apply: Callable[[TensorList], TensorList],
-    b: TensorList,
-    x: TensorList,
-    r: TensorList,
-    p: TensorList,
-    rz: Tensor,
-    rounding: float,
-) -> _Taken:
-    """Moves x and r along p in place, unless the step is refused: then x stays as it is.
-
-    The device decides for itself (a refused step is a step of length zero), so that the host
-    waits for it only once.
-    """
-    Ap = apply(p)
-    pAp, pp = trees.dot(p, Ap), trees.dot(p, p)
-    least = rounding * pp.sqrt() * trees.dot(Ap, Ap).sqrt()
-    alpha = rz / pAp
-    _add_times_(r, -alpha, Ap)
-    rr = trees.dot(r, r)
-    usable = (rz > 0) & (pAp > least) & torch.isfinite(alpha * pp) & torch.isfinite(rr)
-    _add_times_(x, torch.where(usable, alpha, torch.zeros_like(alpha)), p)
-    rz_, pAp_, pp_, least_, usable_, rr_, model = _numbers(
-        rz, pAp, pp, least, usable, rr, _model(x, r, b)
-    )
-    refusal = None
-    if not 0 < rz_ < math.inf:
-        refusal = Status.INDEFINITE_PRECONDITIONER
-    elif math.isfinite(least_) and pAp_ <= least_:
-        refusal = Status.NEGATIVE_CURVATURE
-    elif not usable_:
-        refusal = Status.BREAKDOWN
-    curvature = pAp_ / pp_ if pp_ > 0 else math.nan
-    return _Taken(refusal, curvature, math.sqrt(rr_) if usable_ else math.nan, model)
-
-
 def _start(
     apply: Operator, b: TensorList, x0: Sequence[Tensor] | None
 ) -> tuple[TensorList, TensorList, int]:
@@ -200,32 +155,9 @@ def _start(
         return trees.zeros_like(b), trees.clone(b), 0
     x = trees.clone(checked_like(x0, b, "x0"))
     r = trees.add(b, apply(x), -1.0)
-    if not float(_model(x, r, b)) <= 0:
+    if not float(model_at(x, r, b)) <= 0:
         return trees.zeros_like(b), trees.clone(b), 1
     return x, r, 1
-
-
-def _model(x: TensorList, r: TensorList, b: TensorList) -> Tensor:
-    """½ xᵀAx − bᵀx = −½ xᵀ(r + b), where A x = b − r."""
-    return -0.5 * (trees.dot(x, r) + trees.dot(x, b))
-
-
-def _numbers(*scalars: Tensor) -> list[float]:
-    """The scalars on the host, after one wait for the device."""
-    numbers: list[float] = torch.stack([s.to(scalars[0].dtype) for s in scalars]).tolist()
-    return numbers
-
-
-def _times(factor: Tensor, xs: TensorList) -> TensorList:
-    """``factor * xs`` in the dtypes of xs, for a scalar tensor, which need not reach the host."""
-    if all(x.device == factor.device and x.dtype == factor.dtype for x in xs):
-        return list(torch._foreach_mul(xs, factor))
-    return [(x * factor.to(x.device)).to(x.dtype) for x in xs]
-
-
-def _add_times_(ys: TensorList, factor: Tensor, xs: TensorList) -> None:
-    """Adds ``factor * xs`` to ``ys`` in place."""
-    trees.add_(ys, _times(factor, xs))
 
 
 def _marks() -> Iterator[int]:

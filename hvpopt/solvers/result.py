@@ -15,6 +15,7 @@ class Status(Enum):
         "stopped at a direction of zero or negative curvature: the operator is not positive "
         "definite; raise the damping, or use the direction"
     )
+    BOUNDARY = "stopped at the boundary of the trust region: the model falls further outside of it"
     STEP_LIMIT = "stopped at the step limit before the tolerance was met; allow more steps"
     BREAKDOWN = (
         "broke down: a product with the operator, or the right-hand side, is NaN or infinite; "
@@ -70,3 +71,18 @@ class Solution:
     def model_value(self) -> float:
         """The quadratic model m(x) = ½ xᵀAx − bᵀx at the returned x."""
         return self.model_values[-1]
+
+
+@dataclass(frozen=True)
+class TrustRegionStep(Solution):
+    """The approximate minimiser of the quadratic model within a trust region."""
+
+    norm: float = 0.0
+    """‖x‖ in the norm of the trust region."""
+    is_on_boundary: bool = False
+    """Whether that is the radius."""
+
+    @property
+    def predicted_decrease(self) -> float:
+        """−m(x) ≥ 0, by how much the model falls."""
+        return -self.model_value

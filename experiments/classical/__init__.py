@@ -1,0 +1,1 @@
+"""Classical test functions of unconstrained minimisation."""
