@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 FisherKind = Literal["exact", "monte_carlo", "empirical"]
+SlopeKind = Literal["monte_carlo", "empirical"]
 
 
 class NoLikelihoodError(ValueError):
@@ -219,16 +220,10 @@ class Terms:
     ) -> Callable[[Tensor], Tensor]:
         """u ↦ the Fisher in z times u, of the shape of z; labels are sampled here, once."""
         likelihood, z, weights = self.likelihood, wide(self.outputs), wide(self.weights)
-        dims = likelihood.dims(z)
         if kind == "exact":
             return lambda u: (weights * likelihood.information(z, wide(u))).to(u.dtype)
-        if kind == "monte_carlo":
-            labels = [likelihood.sample(z.detach(), generator) for _ in range(num_samples)]
-        else:
-            if self.targets is None:
-                raise ValueError("The empirical Fisher needs the labels: pass targets=...")
-            labels = [self.targets]
-        slopes = torch.stack([likelihood.gradient(z, y) for y in labels]) * weights.sqrt()
+        slopes = self.slopes(kind, num_samples=num_samples, generator=generator)
+        dims = likelihood.dims(z)
 
         def product(u: Tensor) -> Tensor:
             along = slopes * wide(u)
@@ -236,6 +231,31 @@ class Terms:
             return (slopes * along).mean(0).to(u.dtype)
 
         return product
+
+    def slopes(
+        self,
+        kind: SlopeKind,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """√c_n ∂ℓ_n/∂z_n, of shape (num_samples, *z.shape), in float32 or wider.
+
+        The mean over the samples of their outer products, term by term, is the Fisher in z. At
+        the given labels there is one sample.
+
+        Raises:
+            ValueError: for "empirical" without targets.
+        """
+        likelihood, z = self.likelihood, wide(self.outputs)
+        if kind == "monte_carlo":
+            labels = [likelihood.sample(z.detach(), generator) for _ in range(num_samples)]
+        else:
+            if self.targets is None:
+                raise ValueError("The empirical Fisher needs the labels: pass targets=...")
+            labels = [self.targets]
+        slopes = torch.stack([likelihood.gradient(z, y) for y in labels])
+        return slopes * wide(self.weights).sqrt()
 
 
 def wide(x: Tensor) -> Tensor:

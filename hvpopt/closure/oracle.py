@@ -1,7 +1,7 @@
 """A training closure seen as a function of the parameters, for one optimizer step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ from hvpopt.closure.runs import ClosureRuns, EngineRunner, NoBackwardError
 from hvpopt.engines.base import Engine, Trace
 from hvpopt.engines.blame import explained
 from hvpopt.engines.choice import EngineChoice, EngineName, Use
-from hvpopt.engines.split import Curvature, curvature_name
+from hvpopt.engines.interception import Backward
+from hvpopt.engines.split import Curvature, LossSplit, curvature_name
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.trees import TensorList
 
@@ -115,6 +116,20 @@ class ClosureOracle:
         self._runs.run(lambda loss, plain, /, **_: losses.append(loss.detach()), first=False)
         return self._runs.scaled([torch.stack(losses).sum()])[0]
 
+    def run_again(
+        self,
+        on_backward: Backward,
+        *,
+        split: LossSplit | None = None,
+        around: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """One more run, without a trace, inside ``around``, with ``on_backward`` as its backward.
+
+        Raises:
+            NoBackwardError: if the closure returns a loss without calling ``backward``.
+        """
+        self._runs.run(on_backward, split=split, around=around, first=False)
+
     def average(self, tensors: Sequence[Tensor]) -> TensorList:
         """The mean over the ranks of ``DistributedDataParallel``."""
         return self._runs.ranks.average(tensors)
@@ -124,6 +139,14 @@ class ClosureOracle:
         """The modules that the closure uses, as far as they have been met."""
         world = self._runs.world
         return [] if world is None else world.modules
+
+    @property
+    def loss_scale(self) -> int:
+        """What the losses that ``backward`` is called on must be multiplied by.
+
+        Lightning divides them by the micro-batches, and all that is returned here is not.
+        """
+        return self._runs.loss_scale
 
     @property
     def returned(self) -> Any:

@@ -145,12 +145,16 @@ class ClosureRuns:
             return fill([p.grad for p in self.params], self.params)
         return self.ranks.average(fill(self._removed, self.params))
 
+    @property
+    def loss_scale(self) -> int:
+        """What undoes Lightning's division of the loss by the micro-batches."""
+        assert self.world is not None
+        return 1 if self._local else self.world.accumulation
+
     def scaled(self, tensors: Sequence[Tensor]) -> TensorList:
         """Averaged over ranks, and undoing Lightning's division by the micro-batches."""
-        assert self.world is not None
         tensors = self.ranks.average(tensors)
-        scale = 1 if self._local else self.world.accumulation
-        return list(tensors) if scale == 1 else trees.scale(tensors, scale)
+        return list(tensors) if self.loss_scale == 1 else trees.scale(tensors, self.loss_scale)
 
     @contextmanager
     def recomputation(self) -> Iterator[None]:

@@ -63,6 +63,7 @@ class Head:
         curve: u ↦ C u, from and to a tensor for each of ``outputs``.
         roots: the tensors that products differentiate once more.
         with_rest: whether the Hessian of what bypasses the cuts is a part of the matrix.
+        terms: for a Fisher matrix, the terms of the likelihood at each of ``outputs``.
     """
 
     used: list[int]
@@ -72,6 +73,7 @@ class Head:
     curve: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
     roots: Sequence[Tensor | None]
     with_rest: bool
+    terms: Sequence[Terms] = ()
 
 
 def head_of(loss: Tensor, split: LossSplit, inputs: Sequence[Tensor]) -> Head:
@@ -96,8 +98,9 @@ def head_of(loss: Tensor, split: LossSplit, inputs: Sequence[Tensor]) -> Head:
     outputs = [split.cuts[i].output for i in used]
     slopes = [s for s in outer[:num_cuts] if s is not None]
     if split.fisher_kind:
-        curve = _fisher(split, split.fisher_kind, used, scales)
-        return Head(used, outputs, slopes, rest, curve, roots=[], with_rest=False)
+        terms = _terms_of_outputs(split, used, scales)
+        curve = _fisher(split, split.fisher_kind, terms)
+        return Head(used, outputs, slopes, rest, curve, roots=[], with_rest=False, terms=terms)
     if not used:
         raise SplitNotFoundError(NO_SPLIT)
 
@@ -119,23 +122,29 @@ def _bypassing(loss: Tensor, inputs: Sequence[Tensor]) -> list[bool]:
     return [not x.is_leaf or id(x) in around for x in inputs]
 
 
-def _fisher(
-    split: LossSplit, kind: FisherKind, used: Sequence[int], scales: Sequence[Tensor | None]
-) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]:
-    """u ↦ the Fisher information of the loss functions' inputs times u."""
-    maps = {}
+def _terms_of_outputs(
+    split: LossSplit, used: Sequence[int], scales: Sequence[Tensor | None]
+) -> list[Terms]:
+    """The terms of the loss function that has each used cut for its input."""
+    terms = {}
     for call, scale in zip(split.calls, scales, strict=True):
         if scale is not None:
-            terms = _terms(split, call, scale)
-            maps[call.cuts[0]] = terms.fisher(
-                kind, num_samples=split.monte_carlo.num_samples, generator=split.generator
-            )
-    if not used or not maps.keys() >= set(used):
+            terms[call.cuts[0]] = _terms(split, call, scale)
+    if not used or not terms.keys() >= set(used):
         raise NoLikelihoodError(NO_LIKELIHOOD)
+    return [terms[i] for i in used]
+
+
+def _fisher(
+    split: LossSplit, kind: FisherKind, terms: Sequence[Terms]
+) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]:
+    """u ↦ the Fisher information of the loss functions' inputs times u."""
+    options: Any = {"num_samples": split.monte_carlo.num_samples, "generator": split.generator}
+    maps = [t.fisher(kind, **options) for t in terms]
 
     def curve(along: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        pairs = zip(used, along, strict=True)
-        return [None if u is None else maps[i](u) for i, u in pairs]
+        pairs = zip(maps, along, strict=True)
+        return [None if u is None else times(u) for times, u in pairs]
 
     return curve
 

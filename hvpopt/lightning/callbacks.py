@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 from hvpopt.closure import ClosureOracle
 from hvpopt.curvature.trace import trace
 from hvpopt.engines.choice import EngineChoice, EngineName
-from hvpopt.optim.base import check_range
 from hvpopt.optim.report import StepReport
+from hvpopt.options import check_range
 from hvpopt.solvers.lanczos import top_eigenpairs
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from hvpopt.closure import ClosureOracle, NoBackwardError
 from hvpopt.engines.choice import EngineChoice, EngineName
 from hvpopt.engines.ranks import check_not_sharded
 from hvpopt.optim.report import Outcome, StepReport
+from hvpopt.options import check_count
 from hvpopt.trees import TensorList
 
 logger = logging.getLogger("hvpopt")
@@ -26,30 +26,6 @@ NO_CLOSURE = (
     "or '32-true'. In a loop of your own call optimizer.step(closure), where closure computes the "
     "loss, clears the gradients, calls backward() and returns the loss."
 )
-
-
-def check_range(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """``value``, if low ≤ value ≤ high.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise ValueError(f"{name}={value!r} is out of range: expected a number {bound}.")
-    return value
-
-
-def check_count(name: str, value: int) -> int:
-    """``value``, if it is a whole number above zero.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} is out of range: expected a whole number at least 1.")
-    return int(value)
 
 
 class ClosureOptimizer(Optimizer):

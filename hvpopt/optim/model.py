@@ -13,8 +13,8 @@ from hvpopt.solvers.result import Iterate, Solution
 from hvpopt.solvers.stopping import StoppingRule
 from hvpopt.trees import TensorList
 
-Precondition = Callable[[TensorList, Sequence[float]], TensorList]
-"""(r, λ of each parameter) ↦ M⁻¹ r."""
+Precondition = Callable[[Sequence[float]], Callable[[TensorList], TensorList]]
+"""λ of each parameter ↦ (r ↦ M⁻¹ r)."""
 
 
 _WORTH = 1e-3
@@ -58,7 +58,7 @@ class DampedModel:
             self.product,
             trees.scale(self.objective.grad, -1 / size),
             x0=None if x0 is None else trees.scale(x0, 1 / size),
-            preconditioner=None if precondition is None else lambda r: precondition(r, shift),
+            preconditioner=None if precondition is None else precondition(shift),
             stop=stop,
             max_steps=max_steps,
             keep_iterates=keep_iterates,

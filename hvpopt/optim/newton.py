@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from hvpopt.engines.blame import UnsupportedOperationError
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature, curvature_name
 from hvpopt.linearization import LinearizedClosure
-from hvpopt.optim.base import ClosureOptimizer, check_range, logger
+from hvpopt.optim.base import ClosureOptimizer, logger
 from hvpopt.optim.model import Precondition, tensors
 from hvpopt.optim.objective import Objective, clipping
 from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
 from hvpopt.optim.saddle import escaped, most_negative
+from hvpopt.options import check_range
 from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State
 from hvpopt.trees import TensorList
 
@@ -231,4 +233,4 @@ class NewtonOptimizer(ClosureOptimizer):
             chosen.prepare(point, drafts, num_steps)
         if not chosen.is_ready(drafts):
             return None
-        return lambda r, shift: chosen.solve(r, drafts, shift)
+        return partial(chosen.inverse, drafts)

@@ -7,13 +7,13 @@ from typing import Any, Literal
 from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.base import check_count, check_range
 from hvpopt.optim.damping import calibrated, levenberg_marquardt, reduction_ratio, slope_balanced
 from hvpopt.optim.line_search import LineSearchResult, armijo
 from hvpopt.optim.model import DampedModel, Trial, best_trial, tensors, trial
 from hvpopt.optim.newton import NewtonOptimizer, Step
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport, Outcome
+from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Solution, Status
 from hvpopt.solvers.stopping import RelativeProgress, StoppingRule

@@ -12,9 +12,10 @@ from hvpopt import trees
 from hvpopt.closure import ClosureOracle
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.base import ClosureOptimizer, check_range
+from hvpopt.optim.base import ClosureOptimizer
 from hvpopt.optim.gains import GainRule, figures
 from hvpopt.optim.report import Outcome, StepReport
+from hvpopt.options import check_range
 from hvpopt.trees import TensorList
 
 Gain = Literal["parameter", "tensor", "group"]

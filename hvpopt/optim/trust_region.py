@@ -6,10 +6,10 @@ from typing import Any, Literal
 from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.base import check_count, check_range
 from hvpopt.optim.damping import reduction_ratio, slope_balanced
 from hvpopt.optim.newton import NewtonOptimizer, Step
 from hvpopt.optim.report import NewtonCGReport, Outcome
+from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Status
 from hvpopt.solvers.steihaug import steihaug
@@ -185,7 +185,7 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         g = objective.grad
         along = abs(float(trees.dot(g, objective.product(g)) / trees.dot(g, g)))
         shift = [wd + _LEAST_SHARE * along for wd in objective.decay]
-        return lambda r: precondition(r, shift)
+        return precondition(shift)
 
     def _first_radius(self, step: Step, metric: Any) -> float:
         """‖p‖_M at the minimiser of the first model along −M⁻¹g; a tenth of ‖θ‖ without one."""

@@ -57,12 +57,14 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def refresh(self, point: CurvaturePoint, states: Sequence[State]) -> None:
-        """Looks at the curvature at a point and writes what it learns into the states."""
+        """Looks at the curvature at a point and writes what it learns into the states.
+
+        Where it meets numbers that are not finite the states stay as they were; the caller asks
+        `is_ready` and goes without where it is not.
+        """
 
     @abstractmethod
-    def solve(
-        self, r: TensorList, states: Sequence[State], shift: Sequence[float]
-    ) -> TensorList:
+    def solve(self, r: TensorList, states: Sequence[State], shift: Sequence[float]) -> TensorList:
         """M⁻¹ r.
 
         Args:
@@ -70,3 +72,9 @@ class Preconditioner(ABC):
             states: of the same parameters.
             shift: D, one number a parameter, in the units of the curvature.
         """
+
+    def inverse(
+        self, states: Sequence[State], shift: Sequence[float]
+    ) -> Callable[[TensorList], TensorList]:
+        """r ↦ M⁻¹ r at one shift, for many r."""
+        return lambda r: self.solve(r, states, shift)
