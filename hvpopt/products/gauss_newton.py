@@ -114,9 +114,7 @@ def _forward(
     return one
 
 
-def _apart(
-    model: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree
-) -> Product:
+def _apart(model: Callable[[Tree], Tree], loss: Callable[[Tree], Tensor], params: Tree) -> Product:
     """For several directions: one run for Jᵀ, which all share, and forward mode in runs of its own.
 
     Forward mode inside of the run for Jᵀ would record the tangents of all directions, too.
