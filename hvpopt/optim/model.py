@@ -36,7 +36,10 @@ class DampedModel:
 
     def product(self, v: TensorList) -> TensorList:
         """(B + λ I) v."""
-        return trees.add(self.objective.product(v), trees.scale_each(self.damping, v))
+        product = self.objective.product(v)
+        if len(set(self.damping)) == 1:
+            return trees.add(product, v, self.damping[0])
+        return trees.add(product, trees.scale_each(self.damping, v))
 
     def minimized(
         self,

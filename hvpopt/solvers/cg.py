@@ -10,6 +10,7 @@ from torch import Tensor
 from hvpopt import trees
 from hvpopt.solvers.checks import Operator, checked_like, checked_map, checked_vector
 from hvpopt.solvers.conjugate import model_at, numbers, take_step, times
+from hvpopt.solvers.packing import Packing
 from hvpopt.solvers.result import Iterate, Solution, Status
 from hvpopt.solvers.stopping import (
     FirstOf,
@@ -79,8 +80,13 @@ def cg(
     if max_steps < 1:
         raise ValueError(f"cg needs max_steps ≥ 1, got {max_steps}.")
     b = checked_vector(b, "the right-hand side")
-    apply = checked_map(matvec, b, "matvec")
-    precondition = checked_map(preconditioner, b, "preconditioner") if preconditioner else None
+    packing = Packing(b)
+    apply = packing.map(checked_map(matvec, b, "matvec"))
+    precondition = None
+    if preconditioner is not None:
+        precondition = packing.map(checked_map(preconditioner, b, "preconditioner"))
+    x0 = None if x0 is None else packing.pack(checked_like(x0, b, "x0"))
+    b = packing.pack(b)
     x, r, num_products = _start(apply, b, x0)
     bb, rr, model = numbers(trees.dot(b, b), trees.dot(r, r), model_at(x, r, b))
     rhs_norm, residual_norm = math.sqrt(bb), math.sqrt(rr)
@@ -131,21 +137,23 @@ def cg(
 
     if keep_iterates and step > 0 and (not kept or kept[-1].num_steps != step):
         kept.append(Iterate(step, values[-1], x))
-    return Solution(
-        value=x,
-        status=status,
-        num_steps=step,
-        num_products=num_products,
-        residual_norm=residual_norm,
-        model_values=tuple(values),
-        min_curvature=min_curvature,
-        direction=direction,
-        iterates=tuple(kept),
+    return packing.solution(
+        Solution(
+            value=x,
+            status=status,
+            num_steps=step,
+            num_products=num_products,
+            residual_norm=residual_norm,
+            model_values=tuple(values),
+            min_curvature=min_curvature,
+            direction=direction,
+            iterates=tuple(kept),
+        )
     )
 
 
 def _start(
-    apply: Operator, b: TensorList, x0: Sequence[Tensor] | None
+    apply: Operator, b: TensorList, x0: TensorList | None
 ) -> tuple[TensorList, TensorList, int]:
     """x₀, the residual there, and the number of products that took.
 
@@ -153,7 +161,7 @@ def _start(
     """
     if x0 is None:
         return trees.zeros_like(b), trees.clone(b), 0
-    x = trees.clone(checked_like(x0, b, "x0"))
+    x = trees.clone(x0)
     r = trees.add(b, apply(x), -1.0)
     if not float(model_at(x, r, b)) <= 0:
         return trees.zeros_like(b), trees.clone(b), 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from hvpopt import trees
 from hvpopt.solvers.checks import Operator, checked_like, checked_map, checked_vector
 from hvpopt.solvers.conjugate import CarriedNorms, take_step, times
+from hvpopt.solvers.packing import Packing
 from hvpopt.solvers.result import Status, TrustRegionStep
 from hvpopt.solvers.stopping import (
     FirstOf,
@@ -74,9 +75,13 @@ def steihaug(
     if not 0 < radius < math.inf:
         raise ValueError(f"steihaug needs a positive finite radius, got {radius}.")
     b = checked_vector(b, "the right-hand side")
-    apply = checked_map(matvec, b, "matvec")
+    packing = Packing(b)
+    apply = packing.map(checked_map(matvec, b, "matvec"))
     preconditioner = _one_of(scaling, preconditioner, b)
-    precondition = checked_map(preconditioner, b, "preconditioner") if preconditioner else None
+    precondition = None
+    if preconditioner is not None:
+        precondition = packing.map(checked_map(preconditioner, b, "preconditioner"))
+    b = packing.pack(b)
     x, r = trees.zeros_like(b), trees.clone(b)
     rhs_norm = residual_norm = float(trees.norm(b))
     rounding = torch.finfo(trees.dot(b, b).dtype).eps
@@ -124,17 +129,19 @@ def steihaug(
             norms.turn(beta, rz)
     is_on_boundary = status in (Status.BOUNDARY, Status.NEGATIVE_CURVATURE)
     inside = math.sqrt(float(norms.xx)) if step else 0.0
-    return TrustRegionStep(
-        value=x,
-        status=status,
-        num_steps=step,
-        num_products=num_products,
-        residual_norm=residual_norm,
-        model_values=tuple(values),
-        min_curvature=min_curvature,
-        direction=direction,
-        norm=radius if is_on_boundary else inside,
-        is_on_boundary=is_on_boundary,
+    return packing.solution(
+        TrustRegionStep(
+            value=x,
+            status=status,
+            num_steps=step,
+            num_products=num_products,
+            residual_norm=residual_norm,
+            model_values=tuple(values),
+            min_curvature=min_curvature,
+            direction=direction,
+            norm=radius if is_on_boundary else inside,
+            is_on_boundary=is_on_boundary,
+        )
     )
 
 
