@@ -7,19 +7,31 @@ from hvpopt.closure import ClosureOracle
 from hvpopt.dual import dual
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.minimization import MinimizeResult, minimize
+from hvpopt.optim.adahessian import AdaHessian
+from hvpopt.optim.diagonal import DiagonalReport
+from hvpopt.optim.handover import Handover
 from hvpopt.optim.newton_cg import NewtonCG
 from hvpopt.optim.report import NewtonCGReport
 from hvpopt.optim.smd import SMD, SMDReport
+from hvpopt.optim.sophia import SophiaG, SophiaH, SophiaReport
+from hvpopt.optim.stages import Stage
 from hvpopt.optim.trust_region import TrustRegionNewtonCG
 
 __all__ = [
     "SMD",
+    "AdaHessian",
     "ClosureOracle",
+    "DiagonalReport",
+    "Handover",
     "LinearizedClosure",
     "MinimizeResult",
     "NewtonCG",
     "NewtonCGReport",
     "SMDReport",
+    "SophiaG",
+    "SophiaH",
+    "SophiaReport",
+    "Stage",
     "TrustRegionNewtonCG",
     "dual",
     "minimize",

@@ -141,6 +141,10 @@ class World:
         self._random_before: _RandomState | None = None
         for module in find_modules(closure):
             self._meet(module)
+        for module in self.modules:  # Lightning's closure does not refer to what it calls
+            wrapper = getattr(getattr(trainer_of(module), "strategy", None), "model", None)
+            if isinstance(wrapper, nn.Module):
+                self._meet(wrapper)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -13,6 +13,8 @@ from torch import nn
 
 import hvpopt
 from hvpopt.closure import ClosureOracle
+from hvpopt.preconditioners import Nystrom
+from hvpopt.solvers.stopping import ResidualNorm
 
 
 def _free_port():
@@ -98,6 +100,11 @@ OPTIMIZERS = {
     "newton_cg": hvpopt.NewtonCG,
     "newton_cg hessian": lambda p: hvpopt.NewtonCG(p, curvature="hessian"),
     "trust_region": hvpopt.TrustRegionNewtonCG,
+    "newton_cg nystrom": lambda p: hvpopt.NewtonCG(
+        p, damping=0.1, preconditioner=Nystrom(rank=4), cg_stop=ResidualNorm(rtol=1e-11)
+    ),
+    "adahessian": hvpopt.AdaHessian,
+    "sophia_h": lambda p: hvpopt.SophiaH(p, update_every=3),
     "smd": hvpopt.SMD,
     "smd unguarded": lambda p: hvpopt.SMD(p, overshoot_guard=False),
 }

@@ -5,6 +5,7 @@ import gc
 import random
 import weakref
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hvpopt
 from hvpopt.closure import ClosureOracle, NoBackwardError
+from hvpopt.isolation import World
 from hvpopt.silence import _SilentLogger
 
 
@@ -377,3 +379,10 @@ def test_a_silent_logger_says_where_it_logs_and_takes_the_rest():
         run.log(1)
     with pytest.raises(AttributeError):
         quiet.nothing  # noqa: B018
+
+
+def test_the_module_that_lightnings_strategy_calls_is_known_before_the_first_run():
+    module, wrapper = nn.Linear(2, 2), nn.Sequential()
+    vars(module)["_trainer"] = SimpleNamespace(strategy=SimpleNamespace(model=wrapper))
+    world = World(lambda: module, list(module.parameters()))
+    assert any(m is wrapper for m in world.modules)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hvpopt
 from hvpopt.lightning.callbacks import CurvatureMonitor, OptimizerMonitor
+from hvpopt.preconditioners import Kronecker, Nystrom
 
 
 class Ordinary(L.LightningModule):
@@ -155,6 +156,12 @@ OPTIMIZERS = {
     "newton_cg": lambda p: hvpopt.NewtonCG(p),
     "newton_cg hessian": lambda p: hvpopt.NewtonCG(p, curvature="hessian", max_cg_steps=5),
     "newton_cg dual": lambda p: hvpopt.NewtonCG(p, engine="dual", max_cg_steps=3),
+    "newton_cg kronecker": lambda p: hvpopt.NewtonCG(p, preconditioner=Kronecker(), max_cg_steps=5),
+    "newton_cg nystrom": lambda p: hvpopt.NewtonCG(p, preconditioner=Nystrom(rank=4)),
+    "trust_region": lambda p: hvpopt.TrustRegionNewtonCG(p, max_cg_steps=5),
+    "sophia_h": lambda p: hvpopt.SophiaH(p, update_every=3),
+    "sophia_g": lambda p: hvpopt.SophiaG(p, update_every=3),
+    "adahessian": lambda p: hvpopt.AdaHessian(p),
     "smd": lambda p: hvpopt.SMD(p),
     "smd unguarded": lambda p: hvpopt.SMD(p, overshoot_guard=False),
     "smd hessian": lambda p: hvpopt.SMD(p, curvature="hessian", overshoot_guard=False),

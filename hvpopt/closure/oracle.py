@@ -110,6 +110,29 @@ class ClosureOracle:
         loss, *product = self._runs.scaled([loss, *product])
         return loss, self._runs.grads(), product
 
+    def gradient(self, *, alone: bool = False) -> tuple[Tensor, TensorList]:
+        """The loss and its gradient, without a graph for products, by the run that counts.
+
+        Args:
+            alone: this is the oracle's only run. The closure then runs as any torch optimizer
+                would run it, with torch's fastest kernels and compiled modules.
+
+        Raises:
+            NoBackwardError: if the closure returns a loss without calling ``backward``.
+            TypeError: alone, if the closure returns no scalar.
+        """
+        losses: list[Tensor] = []
+
+        def on_backward(loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:
+            losses.append(loss.detach().clone())
+            plain(loss, **options)
+
+        if alone:
+            losses.append(self._runs.run_alone())
+        else:
+            EngineRunner(self._runs)(on_backward)
+        return self._runs.scaled([torch.stack(losses).sum()])[0], self._runs.grads()
+
     def evaluate(self) -> Tensor:
         """The loss at the current parameters, a scalar, without a backward pass."""
         losses: list[Tensor] = []

@@ -25,6 +25,12 @@ NO_BACKWARD = (
 )
 
 
+NO_LOSS = (
+    "The closure returned a {given}, where the loss is expected: let it return the scalar tensor "
+    "on which it called backward()."
+)
+
+
 class NoBackwardError(RuntimeError):
     """Raised where a closure returns a loss without having called ``backward``."""
 
@@ -117,6 +123,31 @@ class ClosureRuns:
             raise NoBackwardError(NO_BACKWARD)
         if first:
             self.num_backwards = seen.num_backwards
+
+    def run_alone(self) -> Tensor:
+        """Runs the closure as it is, for good, and returns its loss; no other run may follow.
+
+        Raises:
+            NoBackwardError: if it leaves the gradients as they were, or clears them for no loss.
+            TypeError: if it returns no scalar.
+        """
+        assert self.world is not None
+        self.num_runs += 1
+        before = [(p.grad, p.grad._version) for p in self.params if p.grad is not None]
+        with torch.enable_grad():
+            self.returned = self._closure()
+        after = [(p.grad, p.grad._version) for p in self.params if p.grad is not None]
+        is_stale = len(before) == len(after) > 0 and all(
+            a is b and i == j for (a, i), (b, j) in zip(before, after, strict=True)
+        )
+        if is_stale or (self.returned is None and not after):
+            raise NoBackwardError(NO_BACKWARD)
+        self.ranks = Ranks(() if self._local else self.world.modules)
+        if isinstance(self.returned, (Tensor, float, int)):
+            loss = torch.as_tensor(self.returned).detach()
+            if loss.numel() == 1:
+                return loss.reshape(())
+        raise TypeError(NO_LOSS.format(given=type(self.returned).__name__))
 
     def _checked(self, on_backward: Backward) -> Backward:
         def handle(loss: Tensor, plain: Callable[..., None], /, **options: Any) -> None:

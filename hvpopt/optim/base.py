@@ -28,6 +28,9 @@ NO_CLOSURE = (
 )
 
 
+_FLAGS = ("maximize", "foreach", "fused", "capturable", "differentiable", "momentum", "nesterov")
+
+
 class ClosureOptimizer(Optimizer):
     """A torch optimizer whose step reads loss, gradient and curvature off the closure.
 
@@ -74,6 +77,11 @@ class ClosureOptimizer(Optimizer):
             ShardedModuleError: for parameters that FSDP has sharded.
         """
         self._check_group({**self.defaults, **param_group})
+        for flag in _FLAGS:
+            if param_group.get(flag):
+                raise ValueError(
+                    f"{type(self).__name__} has no option {flag!r}: remove it from the group."
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
