@@ -12,6 +12,7 @@ from hvpopt.solvers.stopping import (
     RelativeProgress,
     ResidualNorm,
     StoppingRule,
+    Worthwhile,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "StoppingRule",
     "Tridiagonal",
     "TrustRegionStep",
+    "Worthwhile",
     "capped_cg",
     "cg",
     "lanczos",

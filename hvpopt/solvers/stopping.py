@@ -69,6 +69,35 @@ class RelativeProgress:
 
 
 @dataclass(frozen=True)
+class Worthwhile:
+    """Stops when a step gains less than the average step so far: mᵢ₋₁ − mᵢ < −mᵢ / (i + c).
+
+    A Newton method that stops there gains most in the time that it has: what is left is got faster
+    by a new model (the marginal value theorem of Charnov, 1976).
+
+    Args:
+        overhead: c, what the rest of the optimizer's step costs, in steps of CG.
+
+    Raises:
+        ValueError: For a negative overhead.
+    """
+
+    overhead: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.overhead >= 0:
+            raise ValueError(f"Worthwhile needs overhead ≥ 0, got {self.overhead}.")
+
+    def __call__(self, progress: Progress) -> Status | None:
+        """SMALL_PROGRESS when the inequality above holds."""
+        i, m = progress.num_steps, progress.model_values
+        if i < 1:
+            return None
+        gain = m[i - 1] - m[i]
+        return Status.SMALL_PROGRESS if gain * (i + self.overhead) < -m[i] else None
+
+
+@dataclass(frozen=True)
 class ResidualNorm:
     """Stops when ‖b − A x‖ ≤ max(rtol · ‖b‖, atol): a forcing term for inexact Newton steps.
 
