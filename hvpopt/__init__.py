@@ -11,6 +11,7 @@ from hvpopt.optim.adahessian import AdaHessian
 from hvpopt.optim.diagonal import DiagonalReport
 from hvpopt.optim.handover import Handover
 from hvpopt.optim.newton_cg import NewtonCG
+from hvpopt.optim.nys_newton_cg import NysNewtonCG
 from hvpopt.optim.report import NewtonCGReport
 from hvpopt.optim.smd import SMD, SMDReport
 from hvpopt.optim.sophia import SophiaG, SophiaH, SophiaReport
@@ -27,6 +28,7 @@ __all__ = [
     "MinimizeResult",
     "NewtonCG",
     "NewtonCGReport",
+    "NysNewtonCG",
     "SMDReport",
     "SophiaG",
     "SophiaH",

@@ -231,7 +231,7 @@ def test_help_is_our_own():
     assert result.returncode == 0
     for part in (
         "usage: hvpopt",
-        "optimizer: adahessian, adamw, handover, lbfgs, newton_cg, newton_cg_deep, sgd, smd",
+        "optimizer: adahessian, adamw, handover, lbfgs, newton_cg, nys_newton_cg, sgd, smd",
         "experiment: autoencoder_adamw",
         "hvpopt -m optimizer=newton_cg,smd,adamw,lbfgs seed=1,2,3",
         "max_epochs: ",

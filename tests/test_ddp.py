@@ -97,7 +97,8 @@ def _train(make, closure, params):
 
 
 OPTIMIZERS = {
-    "newton_cg": hvpopt.NewtonCG,
+    "newton_cg": lambda p: hvpopt.NewtonCG(p, preconditioner=None),
+    "newton_cg kronecker": hvpopt.NewtonCG,
     "newton_cg hessian": lambda p: hvpopt.NewtonCG(p, curvature="hessian"),
     "trust_region": hvpopt.TrustRegionNewtonCG,
     "newton_cg nystrom": lambda p: hvpopt.NewtonCG(
@@ -125,5 +126,6 @@ def test_training_is_that_of_the_joined_batch(tmp_path):
     for name, (params, num_runs) in in_two_processes(_all_train, tmp_path).items():
         task = problem("mlp")
         alone, runs_alone = _train(OPTIMIZERS[name], task.closure(), task.params)
-        torch.testing.assert_close(params, alone, rtol=1e-6, atol=1e-8)
-        assert num_runs == runs_alone
+        if "kronecker" not in name:  # whose sampled labels are each rank's own
+            torch.testing.assert_close(params, alone, rtol=1e-6, atol=1e-8)
+            assert num_runs == runs_alone

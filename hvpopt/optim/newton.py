@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from hvpopt.closure import ClosureOracle
 from hvpopt.engines.blame import UnsupportedOperationError
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature, curvature_name
+from hvpopt.likelihoods import NoLikelihoodError
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.base import ClosureOptimizer, logger
 from hvpopt.optim.model import Precondition, tensors
@@ -21,6 +22,7 @@ from hvpopt.optim.objective import Objective, clipping
 from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
 from hvpopt.optim.saddle import escaped, most_negative
 from hvpopt.options import check_range
+from hvpopt.preconditioners import Kronecker
 from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State
 from hvpopt.trees import TensorList
 
@@ -81,14 +83,14 @@ class Step:
         """g′ᵀp / gᵀp of the last step p, with g′ the gradient here, where it ended.
 
         NaN where this step's batch is the last one's, and says nothing new. It is another one
-        where F is not what the last step left it at, to half of the digits.
+        where F is not what the last step left it at, to two thirds of the digits.
         """
         expected, slope = self._states[0].get("objective"), self._states[0].get("slope")
         update = tensors(self.kept("update"))
         if expected is None or not slope or update is None:
             return math.nan
         objective = self.objective
-        if abs(objective.value - expected) <= math.sqrt(objective.eps) * abs(objective.value):
+        if abs(objective.value - expected) <= objective.eps ** (2 / 3) * abs(objective.value):
             return math.nan
         return float(trees.dot(objective.grad, update)) / slope
 
@@ -100,7 +102,8 @@ class NewtonOptimizer(ClosureOptimizer):
         params: parameters, named parameters, or groups.
         defaults: the groups' defaults, "lr" and "weight_decay" among them.
         curvature: "ggn" or "hessian".
-        preconditioner: see `hvpopt.preconditioners`.
+        preconditioner: see `hvpopt.preconditioners`; "auto" is Kronecker for the GGN where it
+            serves, else none.
         grad_tolerance: at or below this norm of the gradient a step ends as converged.
         seed: of the preconditioner's random numbers.
         engine, max_consecutive_failures: see `ClosureOptimizer`.
@@ -116,7 +119,7 @@ class NewtonOptimizer(ClosureOptimizer):
         defaults: dict[str, Any],
         *,
         curvature: Curvature,
-        preconditioner: Preconditioner | None,
+        preconditioner: Preconditioner | Literal["auto"] | None,
         grad_tolerance: float,
         seed: int,
         engine: EngineName,
@@ -124,10 +127,13 @@ class NewtonOptimizer(ClosureOptimizer):
     ) -> None:
         if curvature_name(curvature) not in ("ggn", "hessian"):
             raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
+        self._may_go_without = preconditioner == "auto"
+        if preconditioner == "auto":
+            preconditioner = Kronecker() if curvature_name(curvature) == "ggn" else None
         if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
             raise TypeError(
                 f"preconditioner is a {type(preconditioner).__name__}: expected one of "
-                "hvpopt.preconditioners, such as Kronecker()."
+                'hvpopt.preconditioners, such as Kronecker(), or "auto", or None.'
             )
         self._curvature: Curvature = curvature
         self._preconditioner = preconditioner
@@ -229,8 +235,15 @@ class NewtonOptimizer(ClosureOptimizer):
             oracle=oracle,
             seed=self._seed + num_steps,
         )
-        with torch.no_grad():
-            chosen.prepare(point, drafts, num_steps)
+        try:
+            with torch.no_grad():
+                chosen.prepare(point, drafts, num_steps)
+        except (NoLikelihoodError, UnsupportedOperationError) as error:
+            if not self._may_go_without:
+                raise
+            logger.info("%s goes without a preconditioner: %s", type(self).__name__, error)
+            self._preconditioner = None
+            return None
         if not chosen.is_ready(drafts):
             return None
         return partial(chosen.inverse, drafts)

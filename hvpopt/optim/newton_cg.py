@@ -16,7 +16,7 @@ from hvpopt.optim.report import NewtonCGReport, Outcome
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Solution, Status
-from hvpopt.solvers.stopping import RelativeProgress, StoppingRule
+from hvpopt.solvers.stopping import RelativeProgress, StoppingRule, Worthwhile
 
 
 class NewtonCG(NewtonOptimizer):
@@ -51,14 +51,17 @@ class NewtonCG(NewtonOptimizer):
         weight_decay: wd, in the loss's units; part of objective, gradient and curvature.
         curvature: "ggn" (positive semi-definite where the loss is convex in the network's
             outputs) or "hessian", whose directions of negative curvature are followed.
-        preconditioner: for CG, such as `hvpopt.preconditioners.Kronecker`.
+        preconditioner: for CG, one of `hvpopt.preconditioners`; "auto" is `Kronecker` for the GGN
+            of a loss that is a negative log-likelihood (cross-entropy, mean squared error), and
+            none otherwise.
         max_cg_steps: at most so many products a step.
-        cg_stop: when CG has done enough, on the gradient scaled to unit length; Martens' relative
-            progress by default.
+        cg_stop: when CG has done enough, on the gradient scaled to unit length; by default
+            `Worthwhile` with a preconditioner, else Martens' `RelativeProgress`.
         cg_backtracking: whether earlier iterates of CG are tried, too.
         warm_start: CG starts from this multiple of the last step's solution; by default 0.95, or
             0 with a preconditioner.
-        damping_factor: λ grows or shrinks by it a step; 1 keeps λ fixed.
+        damping_factor: λ grows or shrinks by it a step, by default 3/2, or 2 with a
+            preconditioner; 1 keeps λ fixed.
         sufficient_decrease: Armijo's c.
         backtracking: what a rejected trial step is multiplied by.
         max_evaluations: trial steps before a step is rejected.
@@ -99,12 +102,12 @@ class NewtonCG(NewtonOptimizer):
         weight_decay: float = 0.0,
         *,
         curvature: Curvature = "ggn",
-        preconditioner: Preconditioner | None = None,
+        preconditioner: Preconditioner | Literal["auto"] | None = "auto",
         max_cg_steps: int = 250,
         cg_stop: StoppingRule | None = None,
         cg_backtracking: bool = True,
         warm_start: float | None = None,
-        damping_factor: float = 1.5,
+        damping_factor: float | None = None,
         sufficient_decrease: float = 1e-2,
         backtracking: float = 0.5,
         max_evaluations: int = 10,
@@ -118,12 +121,13 @@ class NewtonCG(NewtonOptimizer):
                 f"cg_stop={cg_stop!r} is no stopping rule: expected one such as "
                 "hvpopt.solvers.stopping.ResidualNorm(rtol=1e-3)."
             )
-        if warm_start is None:
-            warm_start = 0.95 if preconditioner is None else 0.0
+        plain = preconditioner is None or (preconditioner == "auto" and curvature != "ggn")
         self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
-        self._cg_stop = RelativeProgress() if cg_stop is None else cg_stop
+        self._cg_stop = cg_stop or (RelativeProgress() if plain else Worthwhile())
         self._cg_backtracking = cg_backtracking
+        warm_start = (0.95 if plain else 0.0) if warm_start is None else warm_start
         self._warm_start = check_range("warm_start", warm_start, 0.0, 1.0)
+        damping_factor = (1.5 if plain else 2.0) if damping_factor is None else damping_factor
         self._damping_factor = check_range("damping_factor", damping_factor, 1.0)
         self._sufficient_decrease = check_range(
             "sufficient_decrease", sufficient_decrease, 0.0, 1.0

@@ -15,7 +15,12 @@ from hvpopt.optim.report import Outcome
 from hvpopt.solvers.result import Status
 from hvpopt.solvers.stopping import ResidualNorm
 
-EXACT = {"cg_stop": ResidualNorm(rtol=1e-13), "warm_start": 0.0, "cg_backtracking": False}
+EXACT = {
+    "cg_stop": ResidualNorm(rtol=1e-13),
+    "warm_start": 0.0,
+    "cg_backtracking": False,
+    "preconditioner": None,
+}
 
 
 def quadratic(seed=0, n=6):

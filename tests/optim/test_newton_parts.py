@@ -21,7 +21,12 @@ from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.cg import cg
 from hvpopt.solvers.stopping import ResidualNorm
 
-EXACT = {"cg_stop": ResidualNorm(rtol=1e-13), "warm_start": 0.0, "cg_backtracking": False}
+EXACT = {
+    "cg_stop": ResidualNorm(rtol=1e-13),
+    "warm_start": 0.0,
+    "cg_backtracking": False,
+    "preconditioner": None,
+}
 
 
 def saddle(w):
