@@ -72,9 +72,7 @@ class Kronecker(Preconditioner):
     Examples:
         >>> import hvpopt
         >>> net = torch.nn.Linear(3, 2)
-        >>> optimizer = hvpopt.NewtonCG(
-        ...     net.parameters(), preconditioner=Kronecker(), max_cg_steps=3, damping_factor=2.0
-        ... )
+        >>> optimizer = hvpopt.NewtonCG(net.parameters(), preconditioner=Kronecker(every=5))
     """
 
     every: int = 3
