@@ -131,8 +131,10 @@ class NewtonOptimizer(ClosureOptimizer):
         if preconditioner == "auto":
             preconditioner = Kronecker() if curvature_name(curvature) == "ggn" else None
         if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
+            is_class = isinstance(preconditioner, type)
+            kind = preconditioner.__name__ if is_class else type(preconditioner).__name__
             raise TypeError(
-                f"preconditioner is a {type(preconditioner).__name__}: expected one of "
+                f"preconditioner is {'the class' if is_class else 'a'} {kind}: expected one of "
                 'hvpopt.preconditioners, such as Kronecker(), or "auto", or None.'
             )
         self._curvature: Curvature = curvature

@@ -147,6 +147,8 @@ class NewtonCG(NewtonOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if isinstance(group["damping"], str) and group["damping"] != "auto":
+            raise ValueError(f"damping={group['damping']!r}: expected a number or 'auto'.")
         if group["damping"] != "auto":
             check_range("damping", group["damping"], 0.0)
 

@@ -325,6 +325,8 @@ def test_a_preconditioner_that_comes_to_nothing_is_left_out():
     assert optimizer.last_report.outcome is Outcome.STEPPED
     with pytest.raises(TypeError, match=r"preconditioner is a str: expected one of"):
         hvpopt.NewtonCG(task.params, preconditioner="kronecker")
+    with pytest.raises(TypeError, match=r"preconditioner is the class Dense: expected one of"):
+        hvpopt.NewtonCG(task.params, preconditioner=Dense)
 
 
 def test_clipping_is_told_from_accumulation_and_warned_of_once(caplog):
