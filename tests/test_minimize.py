@@ -181,8 +181,9 @@ def test_a_saddle_to_which_the_gradient_leads_is_left(method):
         (lambda x: (x**6 - x**4).sum(), (0.0, 0.0), -8 / 27),
         (lambda x: x[0] ** 4 / 4 + x[0] ** 3 / 3 + x[1] ** 2, (0.0, 1.0), -1 / 12),
         (functions.monkey_saddle().f, (0.0, 0.0), -27 / 256),
+        (lambda x: x[0] ** 4 - x[1] ** 4 + x[1] ** 6, (0.0, 0.0), -4 / 27),
     ],
-    ids=["saddle", "maximum", "flat maximum", "inflection", "monkey saddle"],
+    ids=["saddle", "maximum", "flat maximum", "inflection", "monkey saddle", "flat saddle"],
 )
 def test_a_stationary_start_that_is_no_minimum_moves_on(f, x0, minimum, method):
     found = minimize(f, vector(*x0), method=method)
@@ -500,3 +501,19 @@ def test_noise_is_that_of_the_least_precise_dtype():
     assert objective.rounding == torch.finfo(torch.float64).eps
     objective.expand(objective.start)
     assert objective.rounding == torch.finfo(torch.float32).eps
+
+
+def test_a_function_that_differentiates_inside_is_minimised():
+    def f(p):
+        x = torch.linspace(0, 1, 9, dtype=torch.float64).requires_grad_()
+        u = p[0] * x + p[1] * x**2
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return ((slope - x.cos()) ** 2).mean()
+
+    for method in METHODS:
+        assert minimize(f, vector(0.0, 0.0), method=method).success
+
+
+def test_a_fall_without_end_from_a_saddle_is_no_saddle():
+    found = minimize(lambda x: x[0] ** 2 - torch.expm1(x[1] ** 2), vector(1.0, 0.0))
+    assert (found.success, found.status) == (False, Ending.NOT_FINITE.code)

@@ -79,7 +79,8 @@ def picture(task: Task, results: Sequence[Result], seconds: float) -> Any:
             axis.fill_between(times, least, most, color=colour, alpha=0.1, linewidth=0)
         if is_logarithmic and any((line.get_ydata() > 0).any() for line in axis.lines):
             axis.set_yscale("log")
-        starts = [run.records[0].evaluation.of(figure) for r in ran for run in r.runs.values()]
+        recorded = [run for r in ran for run in r.runs.values() if run.records]  # if interrupted
+        starts = [run.records[0].evaluation.of(figure) for run in recorded]
         highest = max((x for x in starts if math.isfinite(x)), default=0.0)
         if highest > 0 and axis.get_ylim()[1] > 3 * highest:  # one that diverges hides the others
             axis.set_ylim(top=3 * highest)

@@ -46,6 +46,11 @@ class Result:
         return any(run.num_steps for run in self.runs.values())
 
     @property
+    def is_partial(self) -> bool:
+        """Whether a run saw a part of its stream only: its mean is then of other batches."""
+        return any(run.is_partial for run in self.runs.values())
+
+    @property
     def at_edge(self) -> list[str]:
         """Tuned options at an end of their grid, where the best may lie beyond."""
         return self.contestant.at_edge(self.options) if self.trials else []
@@ -96,13 +101,14 @@ def at_time(records: Sequence[Record], seconds: float) -> Evaluation | None:
 
 def ranked(results: Sequence[Result], target: Target | None) -> list[Result]:
     """The results, best first: by the time to the target where there is one, then by the loss;
-    at last those that made no step."""
+    then those that saw a part of their stream, and at last those that made no step."""
 
-    def key(result: Result) -> tuple[bool, float, float]:
+    def key(result: Result) -> tuple[bool, bool, float, float]:
         seconds = math.inf if target is None else result.seconds_to(target)
         figure: Figure = "loss" if target is None else target.figure
         median = result.median(figure)
-        return not result.has_run, seconds, median if not math.isnan(median) else math.inf
+        median = median if not math.isnan(median) else math.inf
+        return not result.has_run, result.is_partial, seconds, median
 
     return sorted(results, key=key)
 
@@ -117,7 +123,8 @@ def times_the_best(results: Sequence[Result], target: Target | None) -> dict[str
     if not any(map(math.isfinite, values.values())):
         figure: Figure = "loss" if target is None else target.figure
         values = {result.contestant.name: result.median(figure) for result in ran}
-    least = min(values.values(), default=math.inf)
+    whole = [values[result.contestant.name] for result in ran if not result.is_partial]
+    least = min(whole or values.values(), default=math.inf)
     if not 0 < least < math.inf:
         return {}
     return {name: value / least for name, value in values.items()}

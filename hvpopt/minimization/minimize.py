@@ -16,6 +16,7 @@ from hvpopt.minimization.trust_ncg import TrustNCG
 from hvpopt.pytrees import Tree
 
 MethodName = Literal["trust-ncg", "newton-cg"]
+_LOOKS = 8  # random directions of no curvature, along some of which f may fall and not others
 Callback = Callable[[MinimizeResult], object]
 
 
@@ -171,18 +172,22 @@ def _look_around(
 ) -> Ending | None:
     """The ending, if this is a minimum; None where there was a way down, which is then taken."""
     objective, point = run.objective, run.point
-    least = least_curvature(point, objective.rounding, generator)
-    if least is None:
-        return Ending.NOT_FINITE
-    run.min_eigenvalue = least.value
-    x = way_down(objective, point, least, run.gtol)
+    for _ in range(_LOOKS):
+        found = least_curvature(point, objective.rounding, generator)
+        if found is None:
+            return Ending.NOT_FINITE
+        least = found
+        run.min_eigenvalue = least.value
+        x = way_down(objective, point, least, run.gtol)
+        if x is not None or abs(least.value) > least.tolerance * least.scale:
+            break
     if x is None:
         return Ending.SADDLE if least.is_negative else ending
     if run.num_iterations >= max_iter:
         return Ending.ITERATION_LIMIT
     new = objective.expand(x)
     if not new.is_finite:
-        return Ending.SADDLE
+        return Ending.NOT_FINITE
     run.move(new)
     return None
 

@@ -72,8 +72,8 @@ class Objective:
     def value(self, x: TensorList) -> float:
         """f(x)."""
         self.nfev += 1
-        with torch.no_grad():
-            return float(scalar_valued(self._f, "f")(self.tree(x), *self._args))
+        with torch.enable_grad():  # f may differentiate inside, as a PINN's residual does
+            return float(scalar_valued(self._f, "f")(self.tree(x), *self._args).detach())
 
     def expand(self, x: TensorList) -> Point:
         """f, its gradient and its Hessian at x."""

@@ -53,7 +53,8 @@ class MinimizeResult:
     jac: Tree
     """∇f(x), like x."""
     success: bool
-    """Whether x is a minimum to the tolerance asked for; never at a saddle or a stall."""
+    """Whether x is a minimum to the tolerance asked for; never at a stall, nor at
+    a saddle that Lanczos, or a look along directions without curvature, finds."""
     status: int
     """0 for success, else why not, as a number."""
     message: str

@@ -61,7 +61,7 @@ class ClosureOptimizer(Optimizer):
         self._warned: set[int] = set()
         self.last_report: StepReport | None = None
         self.num_steps = self.num_products = self.num_closure_runs = 0
-        self._own = tuple(vars(self))
+        self._own = (*vars(self), "_own")
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,6 +185,11 @@ class ClosureOptimizer(Optimizer):
             return repr(max(names, key=len))
         index = [p is parameter for g in self.param_groups for p in g["params"]].index(True)
         return f"number {index} (shape {tuple(parameter.shape)})"
+
+    def _decay_of_used(self, params: TensorList) -> list[float]:
+        """The weight decay of each parameter; none where it got no gradient, and so stays."""
+        decay = self._per_parameter("weight_decay")
+        return [0.0 if p.grad is None else wd for p, wd in zip(params, decay, strict=True)]
 
     def _per_parameter(self, option: str) -> list[Any]:
         """A group option for each parameter that requires a gradient."""

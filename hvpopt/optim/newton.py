@@ -157,7 +157,7 @@ class NewtonOptimizer(ClosureOptimizer):
     def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
         point = oracle.trace(self._curvature)
         self._check_gradients(oracle, params)
-        objective = Objective(oracle, point, params, start, self._per_parameter("weight_decay"))
+        objective = Objective(oracle, point, params, start, self._decay_of_used(params))
         grad_norm = float(trees.norm(objective.grad))
         self._warn_of_clipping(point)
         figures: dict[str, Any] = {

@@ -158,7 +158,6 @@ class SMD(ClosureOptimizer):
 
     def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
         v = [self._state(p)["trace"] for p in params]
-        decay = self._per_parameter("weight_decay")
         if self._guard:
             point = oracle.trace(self._curvature)
             loss, grad, product = point.loss, point.grad, point.product
@@ -166,6 +165,7 @@ class SMD(ClosureOptimizer):
         else:
             loss, grad, curved = oracle.trace_along(v, self._curvature)
         self._check_gradients(oracle, params)
+        decay = self._decay_of_used(params)
         if failure := _failure(loss, grad, curved):
             return self._report(oracle, failure, loss)
         grad = _plus_decay(grad, decay, start)

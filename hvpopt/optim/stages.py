@@ -52,6 +52,14 @@ class Stage:
         self.stall_window = check_count("stall_window", stall_window)
         self._make = partial(optimizer, **options)
 
+    def __repr__(self) -> str:
+        ends = {"steps": self.steps, "stall_tolerance": self.stall_tolerance}
+        if self.stall_tolerance is not None:
+            ends["stall_window"] = self.stall_window
+        given = {k: v for k, v in ends.items() if v is not None} | self._make.keywords
+        name = getattr(self._make.func, "__name__", repr(self._make.func))
+        return f"Stage({', '.join([name, *(f'{k}={v!r}' for k, v in given.items())])})"
+
     @property
     def ends(self) -> bool:
         """Whether it ever hands over."""

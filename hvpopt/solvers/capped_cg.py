@@ -52,7 +52,8 @@ def capped_cg(
 
     Returns:
         The solution. Where its status is NEGATIVE_CURVATURE, ``direction`` is d, with bᵀd ≥ 0 and
-        ``min_curvature`` dᵀAd / dᵀMd ≤ −ε; ``value`` is the iterate before it. The model's values
+        ``min_curvature`` dᵀAd / dᵀMd ≤ −ε; ``value`` is the last iterate, which
+        ``direction`` may be itself or differ from by an earlier one. The model's values
         are those of Ā, ``min_curvature`` is of A, over directions and iterates.
 
     Raises:
@@ -181,7 +182,8 @@ def _solve(
         xx = float(run.norms.xx)
         if known.rho[-1] >= 0:
             cap.see(known.norm_seen(xx))
-        least = min(least, -2 * taken.model / xx)
+        if xx > 0:  # else its square has underflowed
+            least = min(least, -2 * taken.model / xx)
         if -2 * taken.model < run.epsilon * xx:
             status, direction = Status.NEGATIVE_CURVATURE, trees.clone(run.x)
         elif stop is None and cap.is_solved(known.rho):

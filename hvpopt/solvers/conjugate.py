@@ -66,7 +66,8 @@ def take_step(
     add_times_(r, -alpha, Ap)
     rr = trees.dot(r, r)
     usable = (rz > 0) & (is_curved | is_cut) & torch.isfinite(alpha * pp) & torch.isfinite(rr)
-    add_times_(x, torch.where(usable, alpha, torch.zeros_like(alpha)), p)
+    for xi, moved in zip(x, times(alpha, p), strict=True):  # 0 · NaN would be NaN
+        xi.add_(torch.where(usable.to(xi.device), moved, torch.zeros_like(moved)))
     rz_, pAp_, pp_, least_, usable_, rr_, model, alpha_, is_cut_ = numbers(
         rz, pAp, pp, least, usable, rr, model_at(x, r, b), alpha, is_cut
     )

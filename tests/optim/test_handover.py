@@ -507,3 +507,7 @@ def test_lightnings_monitor_shows_the_learning_rate_of_the_current_stage(tmp_pat
     assert monitor.lrs["lr-Handover"][:4] == [0.01, 0.01, 0.01, 0.005]
     assert set(monitor.lrs["lr-LBFGS"]) == {1}
     assert set(monitor.lrs["lr-NewtonCG"]) == {1.0}
+
+
+def test_a_stage_says_what_it_is():
+    assert repr(Stage(torch.optim.Adam, steps=3, lr=0.1)) == "Stage(Adam, steps=3, lr=0.1)"

@@ -366,3 +366,17 @@ def test_the_curvature_of_a_model_with_several_learning_rates_is_that_of_the_upd
             best, _ = best_trial(model, [1.0, 0.5], solution)
     update = flat(best.update)
     assert best.curved == pytest.approx(float(update @ matrix @ update))
+
+
+@pytest.mark.parametrize("cls", [hvpopt.SMD, hvpopt.NewtonCG, hvpopt.TrustRegionNewtonCG])
+def test_an_unused_parameter_stays_under_weight_decay(cls):
+    w, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = cls([w, unused], weight_decay=0.5)
+    optimizer.step(closure_of(optimizer, lambda: F.mse_loss(w, torch.zeros(2))))
+    assert unused.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("cls", [hvpopt.SMD, hvpopt.NewtonCG, hvpopt.AdaHessian])
+def test_a_copy_can_be_copied(cls):
+    optimizer = cls([nn.Parameter(torch.ones(2))])
+    assert type(copy.deepcopy(copy.deepcopy(optimizer))) is cls

@@ -11,7 +11,7 @@ import torch
 from hvpopt.experiments.race import FourRegions, turns
 from hvpopt.experiments.race import race as race_module
 from hvpopt.experiments.race.contestants import PACKAGES, Contestant
-from hvpopt.experiments.race.plots import curve
+from hvpopt.experiments.race.plots import curve, picture
 from hvpopt.experiments.race.problem import Evaluation, Problem, Target, Task
 from hvpopt.experiments.race.race import TUNING_SEED, Race, start, tune
 from hvpopt.experiments.race.report import markdown, rows, text
@@ -544,3 +544,16 @@ def test_an_interrupted_race_writes_what_there_is(tmp_path, monkeypatch):
 def test_a_race_that_cannot_be_run_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Race(task=Bowl(), contestants=contestants(), **options)
+
+
+def test_who_saw_a_part_of_a_stream_is_behind_who_saw_it_all():
+    part, whole = finished("part", [(0, 9.0), (1, 0.1)]), finished("whole", [(0, 9.0), (1, 0.5)])
+    part.runs[0]._problem.has_end = True
+    assert [r.contestant.name for r in ranked([part, whole], None)] == ["whole", "part"]
+    assert times_the_best([part, whole], None)["whole"] == 1
+
+
+def test_a_picture_of_an_interrupted_race_leaves_runs_without_records_out():
+    result = finished("a", [(0, 2.0), (1, 1.0)])
+    result.runs[1] = Run("a", BowlProblem(), iter(()), seed=0, device=CPU)
+    picture(Bowl(), [result], 1.0)

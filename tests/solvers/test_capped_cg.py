@@ -221,3 +221,8 @@ def test_bad_calls_are_answered_by_name():
         capped_cg(a, [], epsilon=0.1)
     with pytest.raises(ValueError, match="result of matvec has the shapes"):
         capped_cg(lambda v: [v[0][:2]], [b], epsilon=0.1)
+
+
+def test_squares_that_underflow_are_no_curvature():
+    solution = capped_cg(lambda v: [1e4 * v[0]], [torch.full((3,), 1e-20)], epsilon=0.1)
+    assert solution.status is Status.CONVERGED

@@ -426,3 +426,16 @@ def test_the_least_curvature_of_all_directions_is_reported():
     curvatures = [float(p @ (diagonal * p) / (p @ p)) for p in directions]
     assert curvatures[0] < curvatures[1]
     assert solution.min_curvature == pytest.approx(curvatures[0])
+
+
+def test_a_preconditioner_that_fails_later_leaves_the_last_finite_iterate():
+    a, b, calls = spd(5), vector(5), []
+
+    def failing(r):
+        calls.append(1)
+        return [r[0] * (math.nan if len(calls) == 2 else 1.0)]
+
+    solution = cg(Counted(a), [b], preconditioner=failing, stop=TIGHT)
+    assert solution.status is Status.INDEFINITE_PRECONDITIONER
+    one = cg(Counted(a), [b], stop=TIGHT, max_steps=1)
+    assert torch.equal(solution.value[0], one.value[0])
