@@ -1,5 +1,6 @@
 """A training closure seen as a function of the parameters, for one optimizer step."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -86,12 +87,12 @@ class ClosureOracle:
         """
         engine = self._engine("many products", curvature)
         with self._explaining(curvature):
-            self._trace = engine.trace(EngineRunner(self._runs), curvature)
+            self._trace = trace = engine.trace(EngineRunner(self._runs), curvature)
         return LinearizedClosure(
             loss=self._runs.scaled([self._trace.loss])[0],
             grad=self._runs.grads(),
             batch_grad=self._runs.scaled(self._trace.batch_grad),
-            product=partial(self._product, curvature),
+            product=partial(self._product, curvature, id(trace)),
             has_remainder=self._trace.has_remainder,
         )
 
@@ -134,9 +135,18 @@ class ClosureOracle:
         return self._runs.scaled([torch.stack(losses).sum()])[0], self._runs.grads()
 
     def evaluate(self) -> Tensor:
-        """The loss at the current parameters, a scalar, without a backward pass."""
+        """The loss at the current parameters, a scalar, without a backward pass.
+
+        NaN where the closure leaves out ``backward``, as one does that skips a loss that is none.
+        """
         losses: list[Tensor] = []
-        self._runs.run(lambda loss, plain, /, **_: losses.append(loss.detach()), first=False)
+        try:
+            self._runs.run(lambda loss, plain, /, **_: losses.append(loss.detach()), first=False)
+        except NoBackwardError:
+            if self._runs.num_backwards is None:
+                raise
+            like = self.params[0].detach() if self._trace is None else self._trace.loss
+            losses.append(like.new_full((), math.nan))
         return self._runs.scaled([torch.stack(losses).sum()])[0]
 
     def run_again(
@@ -200,9 +210,12 @@ class ClosureOracle:
             self._runs.run(lambda loss, plain, /, **_: None, first=True)
             raise
 
-    def _product(self, curvature: Curvature, v: TensorList) -> TensorList:
-        if self._trace is None:
-            raise RuntimeError("The graph of this linearization was released with its oracle.")
+    def _product(self, curvature: Curvature, trace: int, v: TensorList) -> TensorList:
+        if id(self._trace) != trace:
+            raise RuntimeError(
+                "The graph of this linearization was released with its oracle, or by a later trace."
+            )
+        assert self._trace is not None
         self.num_products += 1
         with self._explaining(curvature):
             return self._runs.scaled(self._trace.product(v))

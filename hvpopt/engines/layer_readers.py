@@ -124,7 +124,8 @@ def _linear(
             yield (c, r) if is_transposed else (_padded(r, offset, rows), c)
 
         place = None
-        if bias_view is not None and not is_transposed and bias_view.offset == offset:
+        is_row = bias_view is not None and tuple(bias.shape) == (out,)
+        if bias_view is not None and is_row and not is_transposed and bias_view.offset == offset:
             place = bias_view.place if places.num_rows(bias_view.place) == rows else None
         calls.append(LayerCall(view.place, place, output, pairs))
         if place is not None:

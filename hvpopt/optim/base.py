@@ -126,6 +126,7 @@ class ClosureOptimizer(Optimizer):
             try:
                 report = self._advance(oracle, params, start)
             except NoBackwardError:
+                trees.copy_(params, start)
                 if oracle.returned is not None:
                     raise
                 report = StepReport(

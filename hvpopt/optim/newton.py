@@ -23,7 +23,7 @@ from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
 from hvpopt.optim.saddle import escaped, most_negative
 from hvpopt.options import check_range
 from hvpopt.preconditioners import Kronecker
-from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State
+from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State, restored
 from hvpopt.trees import TensorList
 
 CLIPPED = (
@@ -150,6 +150,9 @@ class NewtonOptimizer(ClosureOptimizer):
         check_range("lr", group["lr"], 0.0)
         check_range("weight_decay", group["weight_decay"], 0.0)
 
+    def _fit_defaults(self, *, plain: bool) -> None:
+        """Options that were not given, once it is known that CG goes without a preconditioner."""
+
     @abstractmethod
     def _descend(self, step: Step) -> NewtonCGReport:
         """Moves the parameters from a point with a finite, non-zero gradient."""
@@ -159,7 +162,7 @@ class NewtonOptimizer(ClosureOptimizer):
         self._check_gradients(oracle, params)
         objective = Objective(oracle, point, params, start, self._decay_of_used(params))
         grad_norm = float(trees.norm(objective.grad))
-        self._warn_of_clipping(point)
+        self._warn_of_clipping(point, oracle.loss_scale)
         figures: dict[str, Any] = {
             "loss": float(point.loss), "objective": objective.value, "grad_norm": grad_norm,
         }  # fmt: skip
@@ -187,9 +190,24 @@ class NewtonOptimizer(ClosureOptimizer):
                 self.state[p].update(draft, step=draft.get("step", 0) + 1)
         return taken
 
-    def _warn_of_clipping(self, point: LinearizedClosure) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` returned.
+
+        torch casts all to the parameters' dtypes, but factors are in float32 or wider.
+        """
+        super().load_state_dict(state_dict)
+        places = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(places, params, strict=True):
+            held = state_dict["state"].get(i, {})
+            self.state[p].update(
+                {k: restored(v, p) for k, v in held.items() if isinstance(v, dict)}
+            )
+
+    def _warn_of_clipping(self, point: LinearizedClosure, loss_scale: int) -> None:
         scale = clipping(point.grad, point.batch_grad)
-        if scale < 1 and CLIPPED not in self._said:
+        is_lone = abs(scale * loss_scale - 1) < 1e-3  # a micro-batch alone at an epoch's end
+        if scale < 1 and not is_lone and CLIPPED not in self._said:
             self._said.add(CLIPPED)
             logger.warning(CLIPPED, type(self).__name__, scale)
 
@@ -208,7 +226,10 @@ class NewtonOptimizer(ClosureOptimizer):
             found = most_negative(hessian, params, seed=self._seed)
         if found is None:
             return report(Outcome.CONVERGED, objective_after=objective.value)
+        if not any(self._per_parameter("lr")):
+            return report(Outcome.CONVERGED, objective_after=objective.value)
         search = escaped(objective, *found)
+        self.state[params[0]].pop("objective", None)  # where the last step ended is left
         return report(
             Outcome.STEPPED if search.step else Outcome.REJECTED,
             objective_after=search.value,
@@ -245,6 +266,7 @@ class NewtonOptimizer(ClosureOptimizer):
                 raise
             logger.info("%s goes without a preconditioner: %s", type(self).__name__, error)
             self._preconditioner = None
+            self._fit_defaults(plain=True)
             return None
         if not chosen.is_ready(drafts):
             return None

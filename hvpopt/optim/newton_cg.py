@@ -121,14 +121,11 @@ class NewtonCG(NewtonOptimizer):
                 f"cg_stop={cg_stop!r} is no stopping rule: expected one such as "
                 "hvpopt.solvers.stopping.ResidualNorm(rtol=1e-3)."
             )
+        self._given = (cg_stop, warm_start, damping_factor)
         plain = preconditioner is None or (preconditioner == "auto" and curvature != "ggn")
         self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
-        self._cg_stop = cg_stop or (RelativeProgress() if plain else Worthwhile())
         self._cg_backtracking = cg_backtracking
-        warm_start = (0.95 if plain else 0.0) if warm_start is None else warm_start
-        self._warm_start = check_range("warm_start", warm_start, 0.0, 1.0)
-        damping_factor = (1.5 if plain else 2.0) if damping_factor is None else damping_factor
-        self._damping_factor = check_range("damping_factor", damping_factor, 1.0)
+        self._fit_defaults(plain=plain)
         self._sufficient_decrease = check_range(
             "sufficient_decrease", sufficient_decrease, 0.0, 1.0
         )
@@ -144,6 +141,14 @@ class NewtonCG(NewtonOptimizer):
             engine=engine,
             max_consecutive_failures=max_consecutive_failures,
         )
+
+    def _fit_defaults(self, *, plain: bool) -> None:
+        """Sets what was not given to what suits CG without or with a preconditioner."""
+        self._cg_stop = self._given[0] or (RelativeProgress() if plain else Worthwhile())
+        pairs = zip((0.95, 1.5) if plain else (0.0, 2.0), self._given[1:], strict=True)
+        start, factor = (usual if given is None else given for usual, given in pairs)
+        self._warm_start = check_range("warm_start", start, 0.0, 1.0)
+        self._damping_factor = check_range("damping_factor", factor, 1.0)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -171,15 +176,12 @@ class NewtonCG(NewtonOptimizer):
             return step.report(Outcome.NONFINITE_PRODUCT, **said)
         best, first_value = best_trial(model, self._per_parameter("lr"), solution)
         search = self._search(objective, best)
-
         length = search.step
         ratio = self._ratio(objective, search, best, first_value)
         if math.isnan(slope_ratio) or length == 0:
             dampings = [self._adapted(damping, ratio) for damping in dampings]
-        for group, damping in zip(self.param_groups, dampings, strict=True):
-            group["damping"] = damping
         step.keep(direction=solution.value, update=trees.scale(best.update, length))
-        step.expect(search.value, length * best.slope)
+        step.expect(search.value - objective.tilt(best.update, length), length * best.slope)
         said.update(
             objective_after=search.value,
             reduction_ratio=ratio,
@@ -187,6 +189,8 @@ class NewtonCG(NewtonOptimizer):
             step_length=length,
             update_norm=length * float(trees.norm(best.update)),
         )
+        for group, damping in zip(self.param_groups, dampings, strict=True):
+            group["damping"] = damping
         return step.report(Outcome.STEPPED if length else Outcome.REJECTED, **said)
 
     def _model(self, step: Step, dampings: Sequence[float]) -> DampedModel:
@@ -238,7 +242,7 @@ class NewtonCG(NewtonOptimizer):
         """ρ of the step taken; −∞ where CG's solution raised F, NaN where there was no step."""
         if best.slope == 0:
             return math.nan
-        if not first_value - objective.value <= objective.noise:
+        if search.step == 0 or not first_value - objective.value <= objective.noise:
             return -math.inf
         predicted = best.predicted(search.step)
         return reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)

@@ -84,10 +84,14 @@ class Objective:
         self._is_moved = True
 
     def move(self, update: TensorList, length: float) -> float:
-        """Puts the parameters at θ + length·update and returns F there."""
+        """Puts the parameters at θ + length·update and returns F there; NaN for −∞, too."""
         self.put(update, length)
-        tilt = length * float(trees.dot(self._tilt, update)) if self._tilt else 0.0
-        return float(self._oracle.evaluate()) + self._penalty() + tilt
+        value = float(self._oracle.evaluate()) + self._penalty() + self.tilt(update, length)
+        return value if value > -math.inf else math.nan
+
+    def tilt(self, update: TensorList, length: float) -> float:
+        """length·tᵀupdate, which `value` leaves out."""
+        return length * float(trees.dot(self._tilt, update)) if self._tilt else 0.0
 
     def restore(self) -> None:
         """Puts the parameters back to θ, exactly."""
@@ -102,7 +106,7 @@ def clipping(grad: TensorList, batch_grad: TensorList) -> float:
     norm, batch_norm = float(trees.norm(grad)), float(trees.norm(batch_grad))
     if not 0 < norm < batch_norm < math.inf:
         return 1.0
-    bound = max(float(g.abs().max()) for g in grad)
+    bound = max(float(g.abs().max()) for g in grad if g.numel())
     is_scaled = float(trees.dot(grad, batch_grad)) > (1 - 1e-5) * norm * batch_norm
     is_clamped = all(
         torch.allclose(g, b.clamp(-bound, bound)) for g, b in zip(grad, batch_grad, strict=True)

@@ -16,6 +16,7 @@ from hvpopt.solvers.steihaug import steihaug
 from hvpopt.solvers.stopping import RelativeProgress, StoppingRule
 from hvpopt.trees import TensorList
 
+_BROKEN = (Status.BREAKDOWN, Status.INDEFINITE_PRECONDITIONER)
 _LEAST_SHARE = 1e-3  # of the curvature along the gradient, in the norm of a preconditioner
 
 
@@ -130,7 +131,7 @@ class TrustRegionNewtonCG(NewtonOptimizer):
                 max_steps=self._max_cg_steps,
             )
             num_steps += inner.num_steps
-            if inner.status is Status.BREAKDOWN and inner.num_steps == 0:
+            if inner.status in _BROKEN and inner.num_steps == 0:
                 objective.restore()
                 return step.report(Outcome.NONFINITE_PRODUCT, radius=radius)
             update, predicted, slope = self._scaled(step, lr, inner.value, inner.model_value)
@@ -149,7 +150,10 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         length = 1.0 if accepted else 0.0
         step.remember(radius=radius)
         step.keep(update=trees.scale(update, length))
-        step.expect(value if accepted else objective.value, length * slope)
+        step.expect(
+            (value if accepted else objective.value) - objective.tilt(update, length),
+            length * slope,
+        )
         return step.report(
             Outcome.STEPPED if accepted else Outcome.REJECTED,
             objective_after=value if accepted else objective.value,

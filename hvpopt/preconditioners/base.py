@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hvpopt.closure import ClosureOracle
 from hvpopt.trees import TensorList
 
@@ -78,3 +81,12 @@ class Preconditioner(ABC):
     ) -> Callable[[TensorList], TensorList]:
         """r ↦ M⁻¹ r at one shift, for many r."""
         return lambda r: self.solve(r, states, shift)
+
+
+def restored(held: Any, parameter: Tensor) -> Any:
+    """Nested dictionaries, their tensors on a parameter's device in its dtype, or in float32."""
+    if isinstance(held, dict):
+        return {key: restored(value, parameter) for key, value in held.items()}
+    if not isinstance(held, Tensor):
+        return held
+    return held.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32), copy=True)

@@ -54,7 +54,7 @@ def factors_of(
     columns: Tensor | None = None
     for slope in slopes:
         for r, c in call.pairs(slope):
-            r, c = r if r.dtype == torch.long else wide(r), wide(c)
+            r, c = wide(r) if r.is_floating_point() else r, wide(c)
             num += c.shape[1]
             if call.bias is not None:
                 c = torch.cat([c, c.new_ones(*c.shape[:2], 1)], -1)
@@ -143,6 +143,8 @@ def floored(curvature: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
 
     So they can be divided by. Where all vanish, nothing is known, and they count as 1.
     """
+    if curvature.numel() == 0:
+        return curvature
     largest = curvature.amax(dims, keepdim=True) if dims else curvature.max()
     floor = torch.finfo(curvature.dtype).eps * largest
     return torch.where(largest > 0, curvature.maximum(floor), 1.0)

@@ -94,6 +94,8 @@ class Kronecker(Preconditioner):
                 return False
             if partners[i + step] != -step:
                 return False
+            if states[i + step][_KEY]["pair"] != states[i][_KEY]["pair"]:
+                return False
         return True
 
     @torch.no_grad()
@@ -108,13 +110,15 @@ class Kronecker(Preconditioner):
         matrices, partners = self._measure(point)
         if not all(trees.all_finite(own) for own in matrices):
             return
-        for state, fresh, partner in zip(states, matrices, partners, strict=True):
+        each = zip(states, matrices, partners, strict=True)
+        for i, (state, fresh, partner) in enumerate(each):
             old = state.get(_KEY, {})
             last = [basis.factor() for basis in _read(old)]
             same = [f.shape for f in last] == [f.shape for f in fresh]
             is_known = same and old.get("partner") == partner
             count = old["num_refreshes"] + 1 if is_known else 1
-            known: State = {"partner": partner, "num_refreshes": count}
+            known: State = {"partner": partner, "pair": min(i, i + partner)}
+            known["num_refreshes"] = count
             for k, name in enumerate(_NAMES[len(fresh)]):
                 f = fresh[k]
                 if is_known:

@@ -343,7 +343,7 @@ def test_a_parameter_whose_use_changes_starts_anew():
     with ClosureOracle(run_with(task, forward), task.params) as oracle:
         Kronecker().refresh(point_of(oracle, task.params), states)
     assert [s["kronecker"]["num_refreshes"] for s in states] == [1, 1, 2, 2, 2, 2]
-    assert set(states[0]["kronecker"]) == {"partner", "num_refreshes", "diagonal"}
+    assert set(states[0]["kronecker"]) == {"partner", "pair", "num_refreshes", "diagonal"}
     assert states[1]["kronecker"]["columns"]["values"].shape == (1, 1)
     assert Kronecker().is_ready(states)
 
