@@ -7,6 +7,7 @@ budget that ends before the labels change.
 
 import itertools
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,9 +41,9 @@ class Stream(Problem):
         self._batch = self.next_batch()
         return True
 
+    @abstractmethod
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels."""
-        raise NotImplementedError
 
     def loss(self) -> Tensor:
         """The mean cross-entropy of the batch."""

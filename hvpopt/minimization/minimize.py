@@ -1,5 +1,6 @@
 """Minimisation of a function of tensors, with the interface of ``scipy.optimize.minimize``."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,9 +12,10 @@ from hvpopt.minimization.forcing import Forcing, ForcingName
 from hvpopt.minimization.newton_cg import NewtonCG
 from hvpopt.minimization.objective import Objective, Point, ProductLimitError
 from hvpopt.minimization.result import Ending, MinimizeResult
-from hvpopt.minimization.second_order import least_curvature, way_down
+from hvpopt.minimization.second_order import way_down
 from hvpopt.minimization.trust_ncg import TrustNCG
 from hvpopt.pytrees import Tree
+from hvpopt.solvers.curvature import least_curvature
 
 MethodName = Literal["trust-ncg", "newton-cg"]
 _LOOKS = 8  # random directions of no curvature, along some of which f may fall and not others
@@ -173,7 +175,12 @@ def _look_around(
     """The ending, if this is a minimum; None where there was a way down, which is then taken."""
     objective, point = run.objective, run.point
     for _ in range(_LOOKS):
-        found = least_curvature(point, objective.rounding, generator)
+        found = least_curvature(
+            point.product,
+            point.x,
+            tolerance=math.sqrt(objective.rounding),
+            generator=generator,
+        )
         if found is None:
             return Ending.NOT_FINITE
         least = found

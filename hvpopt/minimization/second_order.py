@@ -2,64 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 
 from hvpopt import trees
 from hvpopt.minimization.objective import Objective, Point
-from hvpopt.solvers.lanczos import lanczos
+from hvpopt.solvers.curvature import LeastCurvature
 from hvpopt.trees import TensorList
-
-
-@dataclass(frozen=True)
-class LeastCurvature:
-    """The least eigenvalue of a Hessian that Lanczos found, with its unit vector."""
-
-    value: float
-    vector: TensorList
-    scale: float
-    """The largest eigenvalue found, in absolute value."""
-    tolerance: float
-    """Eigenvalues within this times ``scale`` of zero have no sign."""
-
-    @property
-    def is_negative(self) -> bool:
-        """Whether it is, beyond rounding."""
-        return self.value < -self.tolerance * self.scale
-
-    def leaves_open(self, gtol: float, size: float) -> bool:
-        """Whether it does not tell what kind of point this is.
-
-        So where it is zero, or so small that a gradient of ``gtol`` may belong to a stationary
-        point that is not close by, next to the size of x: an inflection, say.
-        """
-        is_zero = abs(self.value) <= self.tolerance * self.scale
-        return is_zero or self.value * self.tolerance**0.75 * size < gtol
-
-
-def least_curvature(
-    point: Point, rounding: float, generator: torch.Generator, max_steps: int = 100
-) -> LeastCurvature | None:
-    """The least Ritz value of the Hessian after so many steps; None where products fail.
-
-    It is the least eigenvalue itself where there are no more variables than steps, and never
-    below it.
-    """
-    n = sum(x.numel() for x in point.x)
-    found = lanczos(point.product, point.x, num_steps=min(n, max_steps), generator=generator)
-    if found.num_steps == 0:
-        return None
-    values, vectors = torch.linalg.eigh(found.matrix())
-    vector = trees.zeros_like(point.x)
-    for weight, basis_vector in zip(vectors[:, 0].tolist(), found.basis, strict=True):
-        trees.add_(vector, basis_vector, weight)
-    return LeastCurvature(
-        value=float(values[0]),
-        vector=vector,
-        scale=float(values.abs().max()),
-        tolerance=math.sqrt(rounding),
-    )
 
 
 def way_down(
@@ -79,7 +26,7 @@ def way_down(
 
     noise = objective.noise(point.value)
     if not least.is_negative:
-        if not least.leaves_open(gtol, size):
+        if not _leaves_open(least, gtol, size):
             return None
         for distance in (1e-3, 1e-2, 1e-1):
             for sign in (downhill, -downhill):
@@ -105,3 +52,13 @@ def _stretched(fallen: Callable[[float], float], t: float, gained: float) -> flo
             break
         t, gained = 2 * t, more
     return t
+
+
+def _leaves_open(least: LeastCurvature, gtol: float, size: float) -> bool:
+    """Whether the least curvature does not tell what kind of point this is.
+
+    So where it is zero, or so small that a gradient of ``gtol`` may belong to a stationary point
+    that is not close by, next to the size of x: an inflection, say.
+    """
+    is_zero = abs(least.value) <= least.tolerance * least.scale
+    return is_zero or least.value * least.tolerance**0.75 * size < gtol

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from hvpopt import trees
+from hvpopt.optim.damping import reduction_ratio
+from hvpopt.optim.line_search import LineSearchResult
 from hvpopt.optim.objective import Objective
 from hvpopt.solvers.cg import cg
 from hvpopt.solvers.result import Iterate, Solution
@@ -148,6 +150,18 @@ def best_trial(model: DampedModel, lr: Sequence[float], solution: Solution) -> t
             return across, across.value
     model.objective.put(best.update, 1.0)
     return best, last.value
+
+
+def ratio_of(
+    objective: Objective, search: LineSearchResult, best: Trial, first_value: float
+) -> float:
+    """ρ of the step taken; −∞ where there is none or CG's solution raised F, NaN for no slope."""
+    if best.slope == 0:
+        return math.nan
+    if search.step == 0 or not first_value - objective.value <= objective.noise:
+        return -math.inf
+    predicted = best.predicted(search.step)
+    return reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
 
 
 def tensors(values: Sequence[Tensor | None]) -> TensorList | None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -17,13 +17,15 @@ from hvpopt.engines.split import Curvature, curvature_name
 from hvpopt.likelihoods import NoLikelihoodError
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.base import ClosureOptimizer, logger
-from hvpopt.optim.model import Precondition, tensors
+from hvpopt.optim.model import Precondition
 from hvpopt.optim.objective import Objective, clipping
 from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
-from hvpopt.optim.saddle import escaped, most_negative
+from hvpopt.optim.saddle import escaped
+from hvpopt.optim.step import Step
 from hvpopt.options import check_range
 from hvpopt.preconditioners import Kronecker
 from hvpopt.preconditioners.base import CurvaturePoint, Preconditioner, State, restored
+from hvpopt.solvers.curvature import least_curvature
 from hvpopt.trees import TensorList
 
 CLIPPED = (
@@ -32,67 +34,6 @@ CLIPPED = (
     "shorter, whatever the curvature says. Leave the clipping out: the damping and the search "
     "along the direction bound the step."
 )
-
-
-class Step:
-    """One step under way: the objective, and the state it will leave if it ends well.
-
-    Args:
-        objective: at the parameters.
-        states: drafts of the parameters' states.
-        precondition: for CG, or None.
-        report: makes the report from an outcome and figures.
-
-    Attributes:
-        objective, precondition, report: as given.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        states: Sequence[State],
-        precondition: Precondition | None,
-        report: Callable[..., NewtonCGReport],
-    ) -> None:
-        self.objective, self._states = objective, states
-        self.precondition, self.report = precondition, report
-
-    def kept(self, key: str) -> list[Any]:
-        """What earlier steps kept of each parameter; None where they did not."""
-        return [state.get(key) for state in self._states]
-
-    def keep(self, **values: TensorList) -> None:
-        """Keeps lists of tensors, one a parameter, for later steps."""
-        for key, of_each in values.items():
-            for state, value in zip(self._states, of_each, strict=True):
-                state[key] = value
-
-    def number(self, key: str) -> float | None:
-        """What an earlier step kept of all parameters together."""
-        return self._states[0].get(key)
-
-    def remember(self, **values: float) -> None:
-        """Keeps numbers for later steps."""
-        self._states[0].update(values)
-
-    def expect(self, value: float, slope: float) -> None:
-        """Keeps F where the step ended, and gᵀp, p the step, where it began."""
-        self._states[0].update(objective=value, slope=slope)
-
-    def slope_ratio(self) -> float:
-        """g′ᵀp / gᵀp of the last step p, with g′ the gradient here, where it ended.
-
-        NaN where this step's batch is the last one's, and says nothing new. It is another one
-        where F is not what the last step left it at, to two thirds of the digits.
-        """
-        expected, slope = self._states[0].get("objective"), self._states[0].get("slope")
-        update = tensors(self.kept("update"))
-        if expected is None or not slope or update is None:
-            return math.nan
-        objective = self.objective
-        if abs(objective.value - expected) <= objective.eps ** (2 / 3) * abs(objective.value):
-            return math.nan
-        return float(trees.dot(objective.grad, update)) / slope
 
 
 class NewtonOptimizer(ClosureOptimizer):
@@ -223,17 +164,23 @@ class NewtonOptimizer(ClosureOptimizer):
         with suppress(UnsupportedOperationError):  # then there is no telling
             point = oracle.trace("hessian")
             hessian = objective.at(point)
-            found = most_negative(hessian, params, seed=self._seed)
-        if found is None:
+            found = least_curvature(
+                hessian.product,
+                params,
+                tolerance=1e-3,
+                generator=torch.Generator().manual_seed(self._seed),
+                max_steps=40,
+            )
+        if found is None or not found.is_negative:
             return report(Outcome.CONVERGED, objective_after=objective.value)
         if not any(self._per_parameter("lr")):
             return report(Outcome.CONVERGED, objective_after=objective.value)
-        search = escaped(objective, *found)
+        search = escaped(objective, found.value, found.vector)
         self.state[params[0]].pop("objective", None)  # where the last step ended is left
         return report(
             Outcome.STEPPED if search.step else Outcome.REJECTED,
             objective_after=search.value,
-            min_curvature=found[0],
+            min_curvature=found.value,
             step_length=search.step,
             update_norm=abs(search.step),
         )

@@ -9,10 +9,11 @@ from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
 from hvpopt.optim.damping import calibrated, levenberg_marquardt, reduction_ratio, slope_balanced
 from hvpopt.optim.line_search import LineSearchResult, armijo
-from hvpopt.optim.model import DampedModel, Trial, best_trial, tensors, trial
-from hvpopt.optim.newton import NewtonOptimizer, Step
+from hvpopt.optim.model import DampedModel, Trial, best_trial, ratio_of, tensors, trial
+from hvpopt.optim.newton import NewtonOptimizer
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport, Outcome
+from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Solution, Status
@@ -177,7 +178,7 @@ class NewtonCG(NewtonOptimizer):
         best, first_value = best_trial(model, self._per_parameter("lr"), solution)
         search = self._search(objective, best)
         length = search.step
-        ratio = self._ratio(objective, search, best, first_value)
+        ratio = ratio_of(objective, search, best, first_value)
         if math.isnan(slope_ratio) or length == 0:
             dampings = [self._adapted(damping, ratio) for damping in dampings]
         step.keep(direction=solution.value, update=trees.scale(best.update, length))
@@ -235,17 +236,6 @@ class NewtonCG(NewtonOptimizer):
         damping = calibrated(ratio, along) if 0 < along < math.inf else 1.0
         objective.restore()
         return [damping] * len(dampings)
-
-    def _ratio(
-        self, objective: Objective, search: LineSearchResult, best: Trial, first_value: float
-    ) -> float:
-        """ρ of the step taken; −∞ where CG's solution raised F, NaN where there was no step."""
-        if best.slope == 0:
-            return math.nan
-        if search.step == 0 or not first_value - objective.value <= objective.noise:
-            return -math.inf
-        predicted = best.predicted(search.step)
-        return reduction_ratio(search.value - objective.value, predicted, noise=objective.noise)
 
     def _balanced(self, damping: Any, slope_ratio: float) -> Any:
         if self._damping_factor == 1 or damping == "auto":

@@ -7,8 +7,9 @@ from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
 from hvpopt.optim.damping import reduction_ratio, slope_balanced
-from hvpopt.optim.newton import NewtonOptimizer, Step
+from hvpopt.optim.newton import NewtonOptimizer
 from hvpopt.optim.report import NewtonCGReport, Outcome
+from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Status

@@ -11,8 +11,8 @@ from torch import nn
 
 import hvpopt
 from hvpopt.closure import ClosureOracle
-from hvpopt.optim.newton import Step
 from hvpopt.optim.report import Outcome
+from hvpopt.optim.step import Step
 from hvpopt.preconditioners import Jacobi
 
 BOTH = [

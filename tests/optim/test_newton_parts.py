@@ -16,9 +16,10 @@ from hvpopt.optim.damping import calibrated, slope_balanced
 from hvpopt.optim.model import DampedModel, best_trial
 from hvpopt.optim.objective import Objective, clipping
 from hvpopt.optim.report import Outcome
-from hvpopt.optim.saddle import escaped, most_negative
+from hvpopt.optim.saddle import escaped
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.cg import cg
+from hvpopt.solvers.curvature import least_curvature
 from hvpopt.solvers.stopping import ResidualNorm
 
 EXACT = {
@@ -27,6 +28,10 @@ EXACT = {
     "cg_backtracking": False,
     "preconditioner": None,
 }
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 def saddle(w):
@@ -257,7 +262,8 @@ def test_the_most_negative_curvature_is_that_of_the_dense_hessian():
     matrix = root + root.T
     w = nn.Parameter(torch.zeros(8, dtype=torch.float64))
     with Opened([w], lambda: 0.5 * w @ matrix @ w, decay=0.1) as objective:
-        value, vector = most_negative(objective, [w], seed=0)
+        least = least_curvature(objective.product, [w], tolerance=1e-3, generator=seeded())
+        value, vector = least.value, least.vector
         search = escaped(objective, value, vector)
     values, vectors = torch.linalg.eigh(matrix)
     assert value == pytest.approx(float(values[0]) + 0.1, rel=1e-4)
@@ -265,7 +271,8 @@ def test_the_most_negative_curvature_is_that_of_the_dense_hessian():
     assert search.value == pytest.approx(0.5 * value, rel=1e-3)
 
     with Opened([w], lambda: 0.5 * w @ (root @ root.T) @ w) as objective:
-        assert most_negative(objective, [w], seed=0) is None
+        least = least_curvature(objective.product, [w], tolerance=1e-3, generator=seeded())
+        assert not least.is_negative
 
 
 @dataclass(frozen=True)

@@ -556,4 +556,5 @@ def test_who_saw_a_part_of_a_stream_is_behind_who_saw_it_all():
 def test_a_picture_of_an_interrupted_race_leaves_runs_without_records_out():
     result = finished("a", [(0, 2.0), (1, 1.0)])
     result.runs[1] = Run("a", BowlProblem(), iter(()), seed=0, device=CPU)
-    picture(Bowl(), [result], 1.0)
+    drawn = picture(Bowl(), [result], 1.0)
+    assert all(len(axes.lines) >= 1 for axes in drawn.axes[:1])

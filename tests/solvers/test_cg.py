@@ -14,6 +14,7 @@ from hvpopt.solvers import (
     RelativeProgress,
     ResidualNorm,
     Status,
+    Worthwhile,
     cg,
 )
 
@@ -439,3 +440,19 @@ def test_a_preconditioner_that_fails_later_leaves_the_last_finite_iterate():
     assert solution.status is Status.INDEFINITE_PRECONDITIONER
     one = cg(Counted(a), [b], stop=TIGHT, max_steps=1)
     assert torch.equal(solution.value[0], one.value[0])
+
+
+def test_steps_that_gain_less_than_the_average_are_not_worthwhile():
+    """With the rest of a step as dear as one of CG, the rule stops where the rate of gain peaks."""
+    values = (0.0, -8.0, -12.0, -13.0, -13.5)
+    stops = [Worthwhile()(Progress(i, 1.0, 1.0, values[: i + 1])) for i in range(5)]
+    assert [stop is not None for stop in stops] == [False, False, False, True, True]
+    rates = [-m / (i + 1) for i, m in enumerate(values)]
+    assert max(rates) == rates[2]  # and the next step shows it
+    dear = Worthwhile(overhead=20.0)
+    assert [dear(Progress(i, 1.0, 1.0, values[: i + 1])) for i in (3, 4)] == [
+        None,
+        Status.SMALL_PROGRESS,
+    ]
+    with pytest.raises(ValueError, match=r"Worthwhile needs overhead ≥ 0, got -1"):
+        Worthwhile(overhead=-1)
