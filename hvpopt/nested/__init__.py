@@ -1,0 +1,1 @@
+"""Nested optimization: inner minimisations, and derivatives through them."""
