@@ -6,8 +6,10 @@ positions n at which the weight is used (examples, times steps of a sequence, pi
     ∂L/∂W = Σ_n r_n c_nᵀ
 
 For y = W x, r = ∂L/∂y and c = x; for convolutions c are patches of the image; for an embedding r
-picks a row. Preconditioners build Kronecker factors from the second moments of r and c. No module
-is registered: a function mode sees the calls, whichever module or function they come from.
+picks a row. Uses inside of derivatives that the closure takes count, too
+(`hvpopt.engines.derivative_calls`). Preconditioners build Kronecker factors from the second moments
+of r and c. No module is registered: a function mode sees the calls, whichever module or function
+they come from.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from hvpopt.engines.derivative_calls import derivative_calls
 from hvpopt.engines.layer_readers import READERS, LayerCall, Places, bias_alone
 from hvpopt.engines.recurrence import UNROLLED
 
@@ -27,9 +30,11 @@ class LayerCalls(TorchFunctionMode):
     """While active, records the calls whose weight or bias is one of the parameters.
 
     Those of ``F.linear``, matrix products, convolutions and transposed convolutions,
-    ``F.embedding``, attention and recurrent layers, from modules and by hand. A parameter may occur
-    in one call, in several, or in none: behind a reparametrisation, in a scripted module, or in a
-    function that is not known here. Inputs are kept as long as the recorder.
+    ``F.embedding``, attention and recurrent layers, from modules and by hand; and the matrix
+    products in the derivatives that ``torch.autograd.grad`` takes with ``create_graph=True``. A
+    parameter may occur in one call, in several, or in none: behind a reparametrisation, in a
+    scripted module, or in a function that is not known here. Inputs are kept as long as the
+    recorder.
 
     Args:
         params: the parameters to look for.
@@ -39,6 +44,7 @@ class LayerCalls(TorchFunctionMode):
         super().__init__()
         self._places = Places(params)
         self._calls: list[LayerCall] = []
+        self._in_derivatives: list[LayerCall] = []
 
     @property
     def calls(self) -> list[LayerCall]:
@@ -54,7 +60,7 @@ class LayerCalls(TorchFunctionMode):
                 calls.append(call)
             else:
                 calls += [replace(call, bias=None), bias_alone(call)]
-        return calls
+        return calls + self._in_derivatives
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +73,10 @@ class LayerCalls(TorchFunctionMode):
             if result is not None:
                 return result
         out = func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            outputs = args[0] if args else kwargs["outputs"]
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            self._in_derivatives += derivative_calls(self._places, outputs, out)
         if func not in READERS or not _is_recorded(out):
             return out
         if out._is_view():  # a change in place would put it elsewhere in the graph

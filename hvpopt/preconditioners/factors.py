@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hvpopt.engines.layer_readers import LayerCall
@@ -78,12 +79,16 @@ def _plus(total: Tensor | None, term: Tensor) -> Tensor:
 def combined(parts: Sequence[Factors]) -> Factors:
     """R ⊗ C near Σ_k R_k ⊗ C_k, with the same trace and the same shares of it.
 
+    A use without the bias that comes with others has zeros in the bias's place.
+
     R ∝ Σ_k R_k tr C_k and C ∝ Σ_k C_k tr R_k, what is left of the sum when one of the sides is
     traced out. Exact where all R_k, or all C_k, are multiples of one matrix.
     """
     if len(parts) == 1:
         return parts[0]
-    rows, columns = _alike([p.rows for p in parts]), _alike([p.columns for p in parts])
+    width = max(p.columns.shape[-1] for p in parts)
+    rows = _alike([p.rows for p in parts])
+    columns = _alike([_widened(p.columns, width) for p in parts])
     by_rows, by_columns = [_trace(r) for r in rows], [_trace(c) for c in columns]
     total = torch.stack(by_rows).sum(0)
     weighted = sum((_times(t, c) for t, c in zip(by_rows, columns, strict=True)), 0 * columns[0])
@@ -91,6 +96,12 @@ def combined(parts: Sequence[Factors]) -> Factors:
     whole = _trace(column)
     weighted = sum((_times(t, r) for t, r in zip(by_columns, rows, strict=True)), 0 * rows[0])
     return Factors(_times(1 / whole.where(whole != 0, 1), weighted), column)
+
+
+def _widened(factor: Tensor, width: int) -> Tensor:
+    """Zeros in the last places, up to the width."""
+    more = width - factor.shape[-1]
+    return F.pad(factor, (0, more) if factor.dim() == 2 else (0, more, 0, more))
 
 
 def _alike(factors: Sequence[Tensor]) -> list[Tensor]:

@@ -47,7 +47,9 @@ class Kronecker(Preconditioner):
 
     Layers are seen in a further run of the closure, whichever module or function they come from:
     linear maps, convolutions, embeddings, attention, recurrent layers
-    (`hvpopt.engines.layer_calls`). A weight used several times has the sum of its uses. Where a
+    (`hvpopt.engines.layer_calls`). A weight used several times has the sum of its uses, also of
+    those inside of derivatives by the inputs, as in the residuals of physics-informed networks
+    (Dangel, Müller and Zeinhofer 2024 have another decomposition of the same products). Where a
     weight and its bias differ in D, the weight's is taken for both. Parameters that no known
     function uses (scales of normalisation, reparametrised weights) have a diagonal instead,
     halfway between the squared gradient under sampled labels, whose mean is the Fisher's diagonal,
