@@ -23,10 +23,10 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _worker(rank, port, work, path):
+def _worker(rank, port, work, path, size):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
     result = work(rank)
     if rank == 0:
         torch.save(result, path)
@@ -35,10 +35,15 @@ def _worker(rank, port, work, path):
     dist.destroy_process_group()
 
 
-def in_two_processes(work, tmp_path):
+def in_processes(size, work, tmp_path):
+    """What ``work(rank)`` returns on the first of so many ranks."""
     path = tmp_path / "result.pt"
-    mp.spawn(_worker, (_free_port(), work, path), nprocs=2)
-    return torch.load(path)
+    mp.spawn(_worker, (_free_port(), work, path, size), nprocs=size)
+    return torch.load(path, weights_only=False)
+
+
+def in_two_processes(work, tmp_path):
+    return in_processes(2, work, tmp_path)
 
 
 def _loss_closure(net, x, y, params):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvpopt.closure.checks import checked_parameters
+from hvpopt.closure.rows import Rows, WatchedRows, Which, moved_gradient
 from hvpopt.closure.runs import ClosureRuns, EngineRunner, NoBackwardError
 from hvpopt.engines.base import Engine, Trace
 from hvpopt.engines.blame import explained
@@ -60,12 +62,13 @@ class ClosureOracle:
         leave_no_trace: bool = False,
         local: bool = False,
     ) -> None:
-        self.params = _checked(params)
+        self.params = checked_parameters(params)
         self._choice = engine if isinstance(engine, EngineChoice) else EngineChoice(engine)
         self._runs = ClosureRuns(
             closure, self.params, self._choice, leave_no_trace=leave_no_trace, local=local
         )
         self._trace: Trace | None = None
+        self._watched: WatchedRows | None = None
         self.num_products = 0
 
     def __enter__(self) -> "ClosureOracle":
@@ -74,20 +77,32 @@ class ClosureOracle:
 
     def __exit__(self, *exc: object) -> None:
         self._runs.close()
-        self._trace = None
+        self._trace = self._watched = None
 
-    def trace(self, curvature: Curvature = "hessian") -> LinearizedClosure:
+    def trace(
+        self, curvature: Curvature = "hessian", *, rows: Rows | None = None
+    ) -> LinearizedClosure:
         """The loss, its gradient, and the operator of the Hessian or GGN, for many products.
 
+        Args:
+            curvature: which matrix.
+            rows: a part of the batch, whose GGN and gradient `of_part` then has, too.
+
         Raises:
+            ValueError: for rows with another curvature than the GGN, or with too few of them.
             NoBackwardError: if the closure returns a loss without calling ``backward``.
             UnsupportedOperationError: where an operation lacks a derivative; so may products.
             SplitNotFoundError: for the GGN, if no loss function of torch.nn.functional was called.
             ShardedModuleError: for a module under FSDP.
         """
+        if rows is not None and curvature != "ggn":
+            raise ValueError(f"curvature={curvature!r}: rows have parts of the GGN alone.")
+        watched = None if rows is None else WatchedRows(rows)
         engine = self._engine("many products", curvature)
         with self._explaining(curvature):
-            self._trace = trace = engine.trace(EngineRunner(self._runs), curvature)
+            run = EngineRunner(self._runs, watched=watched)
+            self._trace = trace = engine.trace(run, curvature)
+        self._watched = watched
         return LinearizedClosure(
             loss=self._runs.scaled([self._trace.loss])[0],
             grad=self._runs.grads(),
@@ -95,6 +110,25 @@ class ClosureOracle:
             product=partial(self._product, curvature, id(trace)),
             has_remainder=self._trace.has_remainder,
         )
+
+    def of_part(
+        self, point: LinearizedClosure, which: Which, *, gradient: bool = True
+    ) -> LinearizedClosure:
+        """The last trace, ``point``, with GGN and gradient of a part of its rows, or of the rest.
+
+        The loss stays. Without ``gradient`` the gradients stay, too, which saves a backward pass.
+
+        Raises:
+            RuntimeError: after a trace without rows.
+        """
+        if self._watched is None:
+            raise RuntimeError("The trace had no rows: trace('ggn', rows=Rows(0.5, seed=0)).")
+        part = self._watched.restricted(point, which)
+        if not gradient:
+            return part
+        with self._runs.recomputation():
+            excess = self._watched.excess(which, self.params)
+        return moved_gradient(part, self._runs.scaled(excess))
 
     def trace_along(
         self, v: TensorList, curvature: Curvature = "hessian"
@@ -239,24 +273,3 @@ class ClosureOracle:
                 raise explanation from error
             finally:
                 del explanation  # whose traceback holds this frame, and with it the failed graph
-
-
-def _checked(params: Sequence[Tensor]) -> TensorList:
-    params = list(params)
-    if not params:
-        raise ValueError(
-            "ClosureOracle was given no parameters: give those to differentiate by, such as "
-            "list(model.parameters())."
-        )
-    for i, p in enumerate(params):
-        if not isinstance(p, Tensor):
-            raise TypeError(
-                f"Parameter number {i} is a {type(p).__name__}, where a tensor is expected: give a "
-                "flat list of tensors, such as list(model.parameters())."
-            )
-        if not p.requires_grad:
-            raise ValueError(
-                f"Parameter number {i} (shape {tuple(p.shape)}) has requires_grad=False: leave it "
-                "out, or unfreeze it with requires_grad_(True)."
-            )
-    return params

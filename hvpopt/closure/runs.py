@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvpopt import trees
+from hvpopt.closure.rows import WatchedRows
 from hvpopt.engines import support
 from hvpopt.engines.base import fill
 from hvpopt.engines.choice import EngineChoice
@@ -208,10 +209,14 @@ class EngineRunner:
     Args:
         runs: of the closure.
         probing: whether every run is a further one, else the first may be the one that counts.
+        watched: the rows that products may be restricted to.
     """
 
-    def __init__(self, runs: ClosureRuns, *, probing: bool = False) -> None:
-        self._runs, self._probing = runs, probing
+    def __init__(
+        self, runs: ClosureRuns, *, probing: bool = False, watched: WatchedRows | None = None
+    ) -> None:
+        self._runs, self._probing, self._watched = runs, probing, watched
+        self._has_run = False
         self._first = not probing and runs.num_backwards is None
         self.params = runs.params
 
@@ -257,4 +262,9 @@ class EngineRunner:
     ) -> None:
         """One run, inside the context ``around``, with ``on_backward`` as its backward."""
         first, self._first = self._first, False
+        if self._watched is not None and split is not None:
+            around = self._watched.around(split, around)
+            if not self._has_run:
+                on_backward = self._watched.seeing(split, on_backward)
+        self._has_run = True
         self._runs.run(on_backward, split=split, around=around, first=first)

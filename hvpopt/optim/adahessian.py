@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hvpopt.closure import ClosureOracle
 from hvpopt.engines.choice import EngineName
+from hvpopt.optim.checks import check_flag
 from hvpopt.optim.diagonal import DiagonalOptimizer, Moved, State
 from hvpopt.optim.probes import hutchinson
 from hvpopt.options import check_range
@@ -97,9 +98,7 @@ class AdaHessian(DiagonalOptimizer):
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
     ) -> None:
-        if not isinstance(block_averaging, bool):
-            raise ValueError(f"block_averaging={block_averaging!r}: expected True or False.")
-        self._averages = block_averaging
+        self._averages = check_flag("block_averaging", block_averaging)
         defaults = {
             "lr": lr,
             "betas": betas,

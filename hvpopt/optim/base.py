@@ -122,23 +122,44 @@ class ClosureOptimizer(Optimizer):
         if not params:
             raise RuntimeError("No parameter of the optimizer requires a gradient.")
         start = trees.clone(params)
+        undo = self._undoing(params, start)
         with ClosureOracle(closure, params, engine=self._choice) as oracle:
             try:
                 report = self._advance(oracle, params, start)
-            except NoBackwardError:
-                trees.copy_(params, start)
-                if oracle.returned is not None:
-                    raise
+            except BaseException as error:
+                undo()
+                is_skipped = isinstance(error, NoBackwardError) and oracle.returned is None
                 report = StepReport(
-                    outcome=Outcome.SKIPPED, loss=math.nan, num_closure_runs=oracle.num_runs
+                    outcome=Outcome.SKIPPED if is_skipped else Outcome.INTERRUPTED,
+                    loss=math.nan,
+                    num_closure_runs=oracle.num_runs,
+                    num_products=oracle.num_products,
                 )
-            except BaseException:
-                trees.copy_(params, start)
-                raise
+                if not is_skipped:
+                    self.last_report = report
+                    raise
         torch.autograd.graph.increment_version(params)
         self._account(report)
         returned = oracle.returned
         return returned.detach() if isinstance(returned, Tensor) else returned
+
+    def _undoing(self, params: TensorList, start: TensorList) -> Callable[[], None]:
+        """What puts parameters, state and options back to where they are now.
+
+        States hold tensors that steps replace and do not write to, so that references do.
+        """
+        states = {p: dict(state) for p, state in self.state.items()}
+        options = [dict(group) for group in self.param_groups]
+
+        def undo() -> None:
+            trees.copy_(params, start)
+            self.state.clear()
+            self.state.update(states)
+            for group, before in zip(self.param_groups, options, strict=False):
+                group.clear()
+                group.update(before)
+
+        return undo
 
     def _account(self, report: StepReport) -> None:
         self.last_report = report

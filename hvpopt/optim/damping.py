@@ -1,7 +1,6 @@
 """Levenberg-Marquardt damping: how far to trust a quadratic model of the loss."""
 
 import math
-from collections.abc import Callable
 
 
 def reduction_ratio(actual: float, predicted: float, *, noise: float = 0.0) -> float:
@@ -63,83 +62,107 @@ def levenberg_marquardt(
     return min(max(damping, bounds[0]), bounds[1])
 
 
-def slope_balanced(
+def damping_after(
     damping: float,
+    ratio: float,
     slope_ratio: float,
-    *,
+    num_batches: int,
     factor: float = 1.5,
-    gain: float = 0.2,
-    bounds: tuple[float, float] = (1e-12, 1e12),
+    least: float = 1e-12,
 ) -> float:
-    """The damping for a new batch, from its slope at the end of the last step.
+    """The damping for the next step, on the same batch or on others.
 
-        λ ← λ · factor^(−gain · s),      s = g′ᵀp / gᵀp  within [−1/gain, 1].
+    On the same batch, where s is NaN: `levenberg_marquardt`. Where each step has another one,
 
-    The step p was made on another batch, whose gradient at its start was g; g′ is the new batch's
-    at its end. On the average over batches s is zero where p ended at the minimum of the expected
-    loss along p, whatever the noise of the gradients: so λ settles. The reduction ratio on p's
-    own batch does not see that p fits its noise, and λ would fall until it does; the ratio on the
-    new batch is small for any λ where the noise is large, and λ would grow forever. NaN leaves λ.
+        λ ← factor²·λ where ρ < ½ or s < −1;    λ ← λ / factor^γ where ρ > ¾ and s > −¼,
+
+    with γ = max(¼, 1/√k), and not below ``least``. Steps are short there for the noise's sake
+    (`balanced_scale`), and ρ is near 1 for any λ until the model breaks down at once: so λ falls
+    slower, not while steps go too far, and grows faster.
 
     Args:
         damping: λ, in the units of the curvature.
-        slope_ratio: s.
-        factor: the damping's factor a step.
-        gain: a fraction of it, as one batch says little.
-        bounds: λ is clipped to them.
+        ratio: ρ of this step, on its own batch.
+        slope_ratio: s of the last step, as in `balanced_scale`.
+        num_batches: k, so far.
+        factor: 1 keeps λ.
+        least: what λ falls to on other batches.
 
-    Source: hypergradient descent (Baydin et al., ICLR 2018), for a damping in place of a learning
+    Examples:
+        >>> damping_after(1.0, 0.9, math.nan, 0), damping_after(1.0, 0.9, -2.0, 1)
+        (0.6666666666666666, 2.25)
+    """
+    if factor == 1:
+        return damping
+    if math.isnan(slope_ratio):
+        return levenberg_marquardt(damping, ratio, factor=factor)
+    if ratio < 0.5 or slope_ratio < -1:
+        damping *= factor**2
+    elif ratio > 0.75 and slope_ratio > -0.25:
+        damping /= factor ** max(0.25, 1 / math.sqrt(max(num_batches, 1)))
+    return min(max(damping, least, 1e-12), 1e12)
+
+
+def balanced_radius(
+    radius: float, slope_ratio: float, *, factor: float = 1.5, gain: float = 0.2
+) -> float:
+    """The trust region's radius for a new batch, from its slope at the end of the last step.
+
+        Δ ← Δ · factor^(gain · s),      s = g′ᵀp / gᵀp  within [−1/gain, 1].
+
+    The step p was made on another batch, whose gradient at its start was g; g′ is the new batch's
+    at its end. On the average over batches s is zero where p ended at the minimum of the expected
+    loss along p, whatever the noise of the gradients: so Δ settles. The reduction ratio on p's
+    own batch does not see that p fits its noise, and Δ would grow until it does; the ratio on the
+    new batch is small for any Δ where the noise is large, and Δ would fall forever. NaN leaves Δ.
+
+    Args:
+        radius: Δ, from 1e-30 to 1e30.
+        slope_ratio: s.
+        factor: the radius's factor a step.
+        gain: a fraction of it, as one batch says little.
+
+    Source: hypergradient descent (Baydin et al., ICLR 2018), for a radius in place of a learning
     rate.
 
     Examples:
-        >>> round(slope_balanced(1.0, -1.0, gain=1.0), 6)
+        >>> balanced_radius(1.0, 1.0, gain=1.0)
         1.5
     """
     if math.isnan(slope_ratio):
-        return damping
-    damping *= factor ** (-gain * min(max(slope_ratio, -1 / gain), 1.0))
-    return min(max(damping, bounds[0]), bounds[1])
+        return radius
+    radius *= factor ** (gain * min(max(slope_ratio, -1 / gain), 1.0))
+    return min(max(radius, 1e-30), 1e30)
 
 
-def calibrated(
-    ratio: Callable[[float], float],
-    damping: float,
-    *,
-    low: float = 0.75,
-    high: float = 0.95,
-    factor: float = 10.0,
-    max_trials: int = 5,
+def balanced_scale(
+    scale: float, slope_ratio: float, num_batches: int, *, gain: float = 0.1
 ) -> float:
-    """A damping with which the model agrees with the loss, but not by being timid.
+    """What steps are multiplied by after a new batch, from its slope at the end of the last step.
 
-    Looks for λ with low ≤ ρ(λ) ≤ high: in steps of ``factor`` until ρ is on the other side, then
-    once halfway (in ln λ). Where none is found, the least λ with ρ ≥ low that was tried, or else
-    the first.
+        α ← α · 2^c,    c = γ s  within [−2, γ],    γ = max(gain, 1/√(1 + k)),    α ≤ 1,
+
+    with s = g′ᵀp / gᵀp as in `balanced_radius`, and k the batches so far. On the average s is zero
+    where p ends at the minimum of the expected loss along it, so α settles where noise and progress
+    balance: near 1 while batches agree, towards 0 where the gradient is mostly noise. The length
+    is the right thing to adapt. With λ small all directions contract at one rate, which one number
+    can balance against the noise. A larger λ would shorten the steps in the directions of little
+    curvature alone, where they have the longest way to go, for the next batch's sake (the
+    short-horizon bias of Wu et al., ICLR 2018). NaN leaves α.
 
     Args:
-        ratio: λ ↦ the reduction ratio of a trial step with it; NaN ends the search.
-        damping: the first λ tried, of the size of the curvature.
-        low, high: the bounds of ρ.
-        factor: how far apart the λ tried are.
-        max_trials: at most so many.
+        scale: α, at first 1.
+        slope_ratio: s.
+        num_batches: k.
+        gain: of late batches; 0 keeps α.
+
+    Source: hypergradient descent (Baydin et al., ICLR 2018).
 
     Examples:
-        >>> calibrated(lambda x: x / (x + 1.0), 1.0)
-        10.0
+        >>> balanced_scale(0.5, 0.0, 10), balanced_scale(1.0, -1.0, 0), balanced_scale(1.0, 1.0, 0)
+        (0.5, 0.5, 1.0)
     """
-    tried: dict[float, float] = {}
-    for _ in range(max_trials):
-        rho = tried[damping] = ratio(damping)
-        if math.isnan(rho) or low <= rho <= high:
-            break
-        below = [x for x, r in tried.items() if r < low]
-        above = [x for x, r in tried.items() if r > high]
-        if below and above:
-            middle = math.sqrt(max(below) * min(above))
-            if min(above) / max(below) < 1.01 * math.sqrt(factor):
-                break
-            damping = middle
-        else:
-            damping = damping * factor if below else damping / factor
-    good = [x for x, r in tried.items() if r >= low]
-    return min(good) if good else next(iter(tried))
+    if math.isnan(slope_ratio) or gain == 0:
+        return scale
+    pace = max(gain, 1 / math.sqrt(1 + num_batches))
+    return min(scale * 2.0 ** min(max(pace * slope_ratio, -2.0), pace), 1.0)

@@ -93,6 +93,7 @@ class Handover(Optimizer):
         """
         if self._position.is_over(self._stage):
             self._hand_over()
+        self._share()
         stage, tolerance = self._stage, self._stage.stall_tolerance
         if closure is None and tolerance is not None:
             raise TypeError(
@@ -101,8 +102,10 @@ class Handover(Optimizer):
                 "the stage steps= in place of stall_tolerance=. Under Lightning's "
                 "precision='16-mixed' the closure never reaches the optimizer."
             )
-        loss = self.optimizer.step(closure)
-        self.last_report = getattr(self.optimizer, "last_report", None)
+        try:
+            loss = self.optimizer.step(closure)
+        finally:
+            self.last_report = getattr(self.optimizer, "last_report", None)
         self._position.num_steps += 1
         if closure is not None and tolerance is not None:
             average = partial(self._mean_over_ranks, closure)
@@ -118,7 +121,6 @@ class Handover(Optimizer):
         why = f" (its loss stalled at {position.last_mean:.6g})" if position.is_stalled else ""
         self._position = Position(stage=position.stage + 1)
         before.state.clear()
-        self._share()
         logger.info(
             "%s takes over from %s after %d steps%s.",
             _name(self.optimizer),

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,14 +12,18 @@ import torch
 
 from hvpopt import trees
 from hvpopt.closure import ClosureOracle
+from hvpopt.closure.rows import Rows
 from hvpopt.engines.blame import UnsupportedOperationError
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature, curvature_name
 from hvpopt.likelihoods import NoLikelihoodError
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.base import ClosureOptimizer, logger
+from hvpopt.optim.checks import check_flag
+from hvpopt.optim.debiasing import halves_of
 from hvpopt.optim.model import Precondition
 from hvpopt.optim.objective import Objective, clipping
+from hvpopt.optim.probes import seed_of_step
 from hvpopt.optim.report import NewtonCGReport, Outcome, StepReport
 from hvpopt.optim.saddle import escaped
 from hvpopt.optim.step import Step
@@ -46,7 +51,11 @@ class NewtonOptimizer(ClosureOptimizer):
         preconditioner: see `hvpopt.preconditioners`; "auto" is Kronecker for the GGN where it
             serves, else none.
         grad_tolerance: at or below this norm of the gradient a step ends as converged.
-        seed: of the preconditioner's random numbers.
+        decoupled_weight_decay: takes the decay out of the objective: after a step that moves,
+            θ ← (1 − lr wd) θ, and one evaluation more.
+        curvature_fraction: share of the batch's rows that the GGN is of.
+        debiased: whether the step has its `Step.halves`.
+        seed: of the preconditioner's random numbers, and of the choice of rows.
         engine, max_consecutive_failures: see `ClosureOptimizer`.
 
     Raises:
@@ -62,9 +71,12 @@ class NewtonOptimizer(ClosureOptimizer):
         curvature: Curvature,
         preconditioner: Preconditioner | Literal["auto"] | None,
         grad_tolerance: float,
+        decoupled_weight_decay: bool,
         seed: int,
         engine: EngineName,
         max_consecutive_failures: int,
+        curvature_fraction: float = 1.0,
+        debiased: bool = False,
     ) -> None:
         if curvature_name(curvature) not in ("ggn", "hessian"):
             raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
@@ -81,6 +93,19 @@ class NewtonOptimizer(ClosureOptimizer):
         self._curvature: Curvature = curvature
         self._preconditioner = preconditioner
         self._grad_tolerance = check_range("grad_tolerance", grad_tolerance, 0.0)
+        self._is_decoupled = check_flag("decoupled_weight_decay", decoupled_weight_decay)
+        self._fraction = check_range("curvature_fraction", curvature_fraction, 1e-6, 1.0)
+        self._is_debiased = check_flag("debiased", debiased)
+        if self._fraction < 1 and curvature_name(curvature) != "ggn":
+            raise ValueError(
+                f"curvature_fraction={curvature_fraction} takes rows of the network's outputs, "
+                "which the GGN has, and the Hessian has not: choose curvature='ggn'."
+            )
+        if debiased and self._fraction == 1:
+            raise ValueError(
+                "debiased=True takes the direction from one part of the batch and its length from "
+                "the rest: choose curvature_fraction below 1, such as 0.5."
+            )
         self._seed = seed
         self._said: set[str] = set()
         super().__init__(
@@ -99,9 +124,17 @@ class NewtonOptimizer(ClosureOptimizer):
         """Moves the parameters from a point with a finite, non-zero gradient."""
 
     def _advance(self, oracle: ClosureOracle, params: TensorList, start: TensorList) -> StepReport:
-        point = oracle.trace(self._curvature)
+        rows = None
+        if self._fraction < 1:
+            num_steps = self.state.get(params[0], {}).get("step", 0)
+            rows = Rows(self._fraction, seed_of_step(self._seed, num_steps))
+        point = oracle.trace(self._curvature, rows=rows)
         self._check_gradients(oracle, params)
-        objective = Objective(oracle, point, params, start, self._decay_of_used(params))
+        decay = self._decay_of_used(params)
+        if rows is not None and not self._is_debiased:
+            point = oracle.of_part(point, "part", gradient=False)
+        in_loss = [0.0] * len(decay) if self._is_decoupled else decay
+        objective = Objective(oracle, point, params, start, in_loss)
         grad_norm = float(trees.norm(objective.grad))
         self._warn_of_clipping(point, oracle.loss_scale)
         figures: dict[str, Any] = {
@@ -125,7 +158,13 @@ class NewtonOptimizer(ClosureOptimizer):
             return self._leave_saddle(oracle, objective, params, report)
         drafts = [dict(self.state[p]) for p in params]
         precondition = self._prepared(oracle, objective, params, drafts, point.product)
-        taken = self._descend(Step(objective, drafts, precondition, report))
+        halves = halves_of(objective, oracle, point) if self._is_debiased else None
+        step = Step(objective, drafts, precondition, report, halves)
+        taken = self._descend(step)
+        if taken.outcome is Outcome.STEPPED and self._is_decoupled and any(decay):
+            pairs = zip(self._per_parameter("lr"), decay, strict=True)
+            step.shrink([1 - lr * wd for lr, wd in pairs])
+            taken = replace(taken, num_closure_runs=oracle.num_runs)
         if not taken.outcome.failed:
             for p, draft in zip(params, drafts, strict=True):
                 self.state[p].update(draft, step=draft.get("step", 0) + 1)

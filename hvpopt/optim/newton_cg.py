@@ -2,22 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.damping import calibrated, levenberg_marquardt, reduction_ratio, slope_balanced
+from hvpopt.optim.calibration import first_damping
+from hvpopt.optim.checks import check_stop, failure_of
+from hvpopt.optim.damping import damping_after
+from hvpopt.optim.debiasing import relengthened
 from hvpopt.optim.line_search import LineSearchResult, armijo
-from hvpopt.optim.model import DampedModel, Trial, best_trial, ratio_of, tensors, trial
+from hvpopt.optim.model import DampedModel, Trial, best_trial, ratio_of, tensors
 from hvpopt.optim.newton import NewtonOptimizer
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport, Outcome
 from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
-from hvpopt.solvers.result import Solution, Status
-from hvpopt.solvers.stopping import RelativeProgress, StoppingRule, Worthwhile
+from hvpopt.solvers.result import Solution
+from hvpopt.solvers.stopping import ForcingTerm, RelativeProgress, StoppingRule, Worthwhile
 
 
 class NewtonCG(NewtonOptimizer):
@@ -33,9 +37,11 @@ class NewtonCG(NewtonOptimizer):
 
     On mini-batches a model's agreement with the batch that it was made from says little of the
     rest of the data. Where a step finds another loss than the last one left, the batch has
-    changed, and λ follows the slope of the new batch's loss along the last step, at its end: it
-    grows where that step went too far and shrinks where it stopped short, on the average over
-    batches (`hvpopt.optim.damping.slope_balanced`).
+    changed, and p = α lr·d with an α that follows the slope of the new batch's loss along the last
+    step, at its end: it shrinks where that step went too far and grows, up to 1, where it stopped
+    short, on the average over batches (`hvpopt.optim.damping.balanced_scale`). Then λ is only to
+    keep the model true: it grows faster, and falls slower, to a small part of the first at the
+    least (`hvpopt.optim.damping.damping_after`).
 
     Where ``p.grad`` is not the gradient of the loss that the closure computes (accumulated
     micro-batches, clipping), F is that loss plus the linear term that gives it the gradient
@@ -56,19 +62,24 @@ class NewtonCG(NewtonOptimizer):
             of a loss that is a negative log-likelihood (cross-entropy, mean squared error), and
             none otherwise.
         max_cg_steps: at most so many products a step.
-        cg_stop: when CG has done enough, on the gradient scaled to unit length; by default
-            `Worthwhile` with a preconditioner, else Martens' `RelativeProgress`.
+        cg_stop: when CG has done enough, on the gradient scaled to unit length, or a forcing term;
+            by default `Worthwhile` with a preconditioner, else Martens' `RelativeProgress`.
         cg_backtracking: whether earlier iterates of CG are tried, too.
         warm_start: CG starts from this multiple of the last step's solution; by default 0.95, or
             0 with a preconditioner.
         damping_factor: λ grows or shrinks by it a step, by default 3/2, or 2 with a
             preconditioner; 1 keeps λ fixed.
+        scale_gain: how fast α follows a late batch; 0 keeps it at 1.
         sufficient_decrease: Armijo's c.
         backtracking: what a rejected trial step is multiplied by.
         max_evaluations: trial steps before a step is rejected.
         grad_tolerance: at or below this norm of F's gradient the parameters stay, unless the
             point is a saddle.
-        seed: of the preconditioner's random numbers.
+        decoupled_weight_decay: F is without wd; after a step θ ← (1 − lr wd) θ, as in AdamW.
+        curvature_fraction: share of the batch's rows, drawn anew each step, that B is of.
+        debiased: takes the direction from that part, and its length from the other rows; see
+            `hvpopt.optim.debiasing`.
+        seed: of the preconditioner's random numbers, and of the choice of rows.
         engine: see `hvpopt.closure.ClosureOracle`.
         max_consecutive_failures: so many failed steps in a row raise FloatingPointError.
 
@@ -105,28 +116,28 @@ class NewtonCG(NewtonOptimizer):
         curvature: Curvature = "ggn",
         preconditioner: Preconditioner | Literal["auto"] | None = "auto",
         max_cg_steps: int = 250,
-        cg_stop: StoppingRule | None = None,
+        cg_stop: StoppingRule | ForcingTerm | None = None,
         cg_backtracking: bool = True,
         warm_start: float | None = None,
         damping_factor: float | None = None,
+        scale_gain: float = 0.1,
         sufficient_decrease: float = 1e-2,
         backtracking: float = 0.5,
         max_evaluations: int = 10,
         grad_tolerance: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        curvature_fraction: float = 1.0,
+        debiased: bool = False,
         seed: int = 0,
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
     ) -> None:
-        if cg_stop is not None and not callable(cg_stop):
-            raise ValueError(
-                f"cg_stop={cg_stop!r} is no stopping rule: expected one such as "
-                "hvpopt.solvers.stopping.ResidualNorm(rtol=1e-3)."
-            )
         self._given = (cg_stop, warm_start, damping_factor)
         plain = preconditioner is None or (preconditioner == "auto" and curvature != "ggn")
         self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
         self._cg_backtracking = cg_backtracking
         self._fit_defaults(plain=plain)
+        self._scale_gain = check_range("scale_gain", scale_gain, 0.0, 1.0)
         self._sufficient_decrease = check_range(
             "sufficient_decrease", sufficient_decrease, 0.0, 1.0
         )
@@ -138,6 +149,9 @@ class NewtonCG(NewtonOptimizer):
             curvature=curvature,
             preconditioner=preconditioner,
             grad_tolerance=grad_tolerance,
+            decoupled_weight_decay=decoupled_weight_decay,
+            curvature_fraction=curvature_fraction,
+            debiased=debiased,
             seed=seed,
             engine=engine,
             max_consecutive_failures=max_consecutive_failures,
@@ -145,9 +159,11 @@ class NewtonCG(NewtonOptimizer):
 
     def _fit_defaults(self, *, plain: bool) -> None:
         """Sets what was not given to what suits CG without or with a preconditioner."""
-        self._cg_stop = self._given[0] or (RelativeProgress() if plain else Worthwhile())
+        usual_stop = RelativeProgress() if plain else Worthwhile()
+        self._cg_stop = usual_stop if self._given[0] is None else check_stop(self._given[0])
         pairs = zip((0.95, 1.5) if plain else (0.0, 2.0), self._given[1:], strict=True)
         start, factor = (usual if given is None else given for usual, given in pairs)
+        self._least_share = 0.03 if plain else 3e-4  # of the first damping, on mini-batches
         self._warm_start = check_range("warm_start", start, 0.0, 1.0)
         self._damping_factor = check_range("damping_factor", factor, 1.0)
 
@@ -161,26 +177,25 @@ class NewtonCG(NewtonOptimizer):
     def _descend(self, step: Step) -> NewtonCGReport:
         objective = step.objective
         slope_ratio = step.slope_ratio()
-        dampings = [self._balanced(g["damping"], slope_ratio) for g in self.param_groups]
-        if "auto" in dampings:
-            dampings = self._calibrated(step, dampings)
+        scale = step.scale(slope_ratio, self._scale_gain)
+        dampings = self._calibrated(step)
         model = self._model(step, dampings)
-        solution = self._minimized(step, model, keep_iterates=self._cg_backtracking)
+        solution = self._solved(step, model)
         said: dict[str, Any] = {
             "slope_ratio": slope_ratio,
+            "step_scale": scale,
             "damping": float(dampings[0]),
             "cg_steps": solution.num_steps,
             "cg_status": solution.status,
             "min_curvature": solution.min_curvature,
         }
-        if solution.status is Status.BREAKDOWN and solution.num_steps == 0:
-            return step.report(Outcome.NONFINITE_PRODUCT, **said)
-        best, first_value = best_trial(model, self._per_parameter("lr"), solution)
+        if failure := failure_of(solution):
+            return step.report(failure, **said)
+        lr = [scale * each for each in self._per_parameter("lr")]
+        best, first_value = best_trial(model, lr, solution)
         search = self._search(objective, best)
         length = search.step
         ratio = ratio_of(objective, search, best, first_value)
-        if math.isnan(slope_ratio) or length == 0:
-            dampings = [self._adapted(damping, ratio) for damping in dampings]
         step.keep(direction=solution.value, update=trees.scale(best.update, length))
         step.expect(search.value - objective.tilt(best.update, length), length * best.slope)
         said.update(
@@ -190,8 +205,10 @@ class NewtonCG(NewtonOptimizer):
             step_length=length,
             update_norm=length * float(trees.norm(best.update)),
         )
+        num, factor = int(step.number("num_batches") or 0), self._damping_factor
         for group, damping in zip(self.param_groups, dampings, strict=True):
-            group["damping"] = damping
+            least = self._least_share * group.setdefault("first_damping", damping)
+            group["damping"] = damping_after(damping, ratio, slope_ratio, num, factor, least)
         return step.report(Outcome.STEPPED if length else Outcome.REJECTED, **said)
 
     def _model(self, step: Step, dampings: Sequence[float]) -> DampedModel:
@@ -203,6 +220,12 @@ class NewtonCG(NewtonOptimizer):
         ]
         return DampedModel(step.objective, each, step.precondition)
 
+    def _solved(self, step: Step, model: DampedModel) -> Solution:
+        if step.halves is None:
+            return self._minimized(step, model, keep_iterates=self._cg_backtracking)
+        part, rest = (replace(model, objective=half) for half in step.halves)
+        return relengthened(model, rest, self._minimized(step, part))
+
     def _minimized(
         self, step: Step, model: DampedModel, *, keep_iterates: bool = False
     ) -> Solution:
@@ -210,42 +233,25 @@ class NewtonCG(NewtonOptimizer):
         last = tensors(step.kept("direction")) if self._warm_start > 0 else None
         return model.minimized(
             x0=None if last is None else trees.scale(last, self._warm_start),
-            stop=self._cg_stop,
+            stop=step.stopping(self._cg_stop),
             max_steps=self._max_cg_steps,
             keep_iterates=keep_iterates,
         )
 
-    def _calibrated(self, step: Step, dampings: Sequence[Any]) -> list[float]:
-        """The dampings with a number for each "auto", found without moving the parameters."""
-        given = [damping for damping in dampings if damping != "auto"]
-        if given:  # groups that came later
-            return [given[0] if damping == "auto" else damping for damping in dampings]
-        objective, lr = step.objective, self._per_parameter("lr")
-
-        def ratio(damping: float) -> float:
-            model = self._model(step, [damping] * len(dampings))
-            solution = self._minimized(step, model)
-            if solution.num_steps == 0:
-                return math.nan
-            found = trial(model, lr, solution.value, solution.num_steps, solution.model_value)
-            change = found.value - objective.value
-            return reduction_ratio(change, found.predicted(), noise=objective.noise)
-
-        g = objective.grad
-        along = abs(float(trees.dot(g, objective.product(g)) / trees.dot(g, g)))
-        damping = calibrated(ratio, along) if 0 < along < math.inf else 1.0
-        objective.restore()
-        return [damping] * len(dampings)
-
-    def _balanced(self, damping: Any, slope_ratio: float) -> Any:
-        if self._damping_factor == 1 or damping == "auto":
-            return damping
-        return slope_balanced(damping, slope_ratio, factor=self._damping_factor)
-
-    def _adapted(self, damping: Any, ratio: float) -> Any:
-        if self._damping_factor == 1 or damping == "auto" or math.isnan(ratio):
-            return damping
-        return levenberg_marquardt(damping, ratio, factor=self._damping_factor)
+    def _calibrated(self, step: Step) -> list[float]:
+        """Each group's damping, with a number for "auto"."""
+        given = [group["damping"] for group in self.param_groups]
+        numbers = [damping for damping in given if damping != "auto"]
+        if not numbers:
+            numbers.append(
+                first_damping(
+                    step.objective,
+                    self._per_parameter("lr"),
+                    lambda damping: self._model(step, [damping] * len(given)),
+                    lambda model: self._minimized(step, model),
+                )
+            )
+        return [numbers[0] if damping == "auto" else damping for damping in given]
 
     def _search(self, objective: Objective, best: Trial) -> LineSearchResult:
         search = LineSearchResult(0.0, objective.value, math.inf, 0)

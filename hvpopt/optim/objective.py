@@ -1,6 +1,7 @@
 """The function that a Newton step minimises: the closure's loss with weight decay."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -31,6 +32,8 @@ class Objective:
         value: F(θ), up to tᵀθ.
         eps: the machine's, of the loss.
         noise: the rounding error to expect in differences of F.
+        is_partial: whether the gradient is of more data than loss and curvature, of earlier
+            micro-batches: F then has no curvature where those have it alone, and no lower bound.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Objective:
         self._is_moved = False
         same = all(map(torch.equal, point.grad, point.batch_grad))
         self._tilt = None if same else trees.add(point.grad, point.batch_grad, -1.0)
+        self.is_partial = not same and _is_of_more(point.grad, point.batch_grad)
         self.grad = (
             trees.add(point.grad, trees.scale_each(decay, start)) if any(decay) else point.grad
         )
@@ -89,6 +93,12 @@ class Objective:
         value = float(self._oracle.evaluate()) + self._penalty() + self.tilt(update, length)
         return value if value > -math.inf else math.nan
 
+    def shrink(self, factors: Sequence[float]) -> float:
+        """Multiplies each parameter by its factor, where it is, and returns F there without t."""
+        torch._foreach_mul_([p.data for p in self._params], list(factors))
+        self._is_moved = True
+        return float(self._oracle.evaluate()) + self._penalty()
+
     def tilt(self, update: TensorList, length: float) -> float:
         """length·tᵀupdate, which `value` leaves out."""
         return length * float(trees.dot(self._tilt, update)) if self._tilt else 0.0
@@ -97,6 +107,12 @@ class Objective:
         """Puts the parameters back to θ, exactly."""
         trees.copy_([p.data for p in self._params], self._start)
         self._is_moved = False
+
+
+def _is_of_more(grad: TensorList, batch_grad: TensorList) -> bool:
+    """Whether the first differs from the second, by more than rounding, and is not clipped."""
+    tilt = float(trees.norm(trees.add(grad, batch_grad, -1.0)))
+    return tilt > 1e-3 * float(trees.norm(grad)) and clipping(grad, batch_grad) == 1
 
 
 def clipping(grad: TensorList, batch_grad: TensorList) -> float:

@@ -19,6 +19,9 @@ class Outcome(Enum):
         "The closure returned None without calling backward: the parameters stay. Under manual "
         "optimization, pass the optimizer a closure: optimizer.step(closure=closure)."
     )
+    INTERRUPTED = (
+        "The step ended in an exception: parameters, state and options are those before it."
+    )
     NONFINITE_LOSS = (
         "The loss is not finite: the parameters stay. Look for a division by zero, a logarithm of "
         "zero or inputs that are not finite, or lower the learning rate."
@@ -30,6 +33,10 @@ class Outcome(Enum):
     NONFINITE_PRODUCT = (
         "The curvature product is not finite though loss and gradient are: the parameters stay. "
         "Look for an operation whose second derivative is unbounded, such as a norm near zero."
+    )
+    BROKEN_PRECONDITIONER = (
+        "The preconditioner is not positive definite, or not finite: the parameters stay. Raise "
+        "the damping, choose another of hvpopt.preconditioners, or preconditioner=None."
     )
 
     @property
@@ -79,6 +86,7 @@ class NewtonCGReport(StepReport):
         slope_ratio: the slope of this batch's objective at the end of the last step, along that
             step, over the slope at its start on its own batch; negative where it went too far,
             NaN where the batch is the same.
+        step_scale: α, by which the slope ratios have shortened steps; NaN in a trust region.
         cg_steps: steps of CG.
         cg_status: why CG ended.
         cg_iterate: the step of CG whose iterate was taken; 0 for a direction of negative curvature.
@@ -96,6 +104,7 @@ class NewtonCGReport(StepReport):
     radius: float = math.nan
     reduction_ratio: float = math.nan
     slope_ratio: float = math.nan
+    step_scale: float = math.nan
     cg_steps: int = 0
     cg_status: Status | None = None
     cg_iterate: int = 0

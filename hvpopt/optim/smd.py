@@ -13,6 +13,7 @@ from hvpopt.closure import ClosureOracle
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
 from hvpopt.optim.base import ClosureOptimizer
+from hvpopt.optim.checks import check_flag
 from hvpopt.optim.gains import GainRule, figures
 from hvpopt.optim.report import Outcome, StepReport
 from hvpopt.options import check_range
@@ -134,10 +135,8 @@ class SMD(ClosureOptimizer):
         low, high = (check_range("gain_bounds", bound, 0.0) for bound in gain_bounds)
         if not 0 < low <= 1 <= high:
             raise ValueError(f"gain_bounds={gain_bounds!r}: expected 0 < low <= 1 <= high.")
-        if not isinstance(overshoot_guard, bool):
-            raise ValueError(f"overshoot_guard={overshoot_guard!r}: expected True or False.")
         self._curvature: Curvature = curvature
-        self._guard = overshoot_guard
+        self._guard = check_flag("overshoot_guard", overshoot_guard)
         self._gain: Gain = gain
         self._rule = GainRule(
             normalization=normalization,

@@ -39,25 +39,27 @@ class _Sophia(DiagonalOptimizer):
     """The update that both estimators share."""
 
     report = SophiaReport
+    usual_gamma: ClassVar[float]
+    """γ where none is given, the source's."""
 
     def __init__(
         self,
         params: Any,
-        lr: float,
-        betas: Sequence[float],
-        gamma: float,
-        eps: float,
-        weight_decay: float,
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.96, 0.99),
+        gamma: float | None = None,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
         *,
-        update_every: int,
-        seed: int,
-        engine: EngineName,
-        max_consecutive_failures: int,
+        update_every: int = 10,
+        seed: int = 0,
+        engine: EngineName = "auto",
+        max_consecutive_failures: int = 5,
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": betas,
-            "gamma": gamma,
+            "gamma": self.usual_gamma if gamma is None else gamma,
             "eps": eps,
             "weight_decay": weight_decay,
         }
@@ -118,8 +120,8 @@ class SophiaH(_Sophia):
             ``weight_decay`` may differ from group to group.
         lr: learning rate, the greatest step of an entry.
         betas: β₁ and β₂.
-        gamma: γ, of 1 over the loss's units; raise it where ``fraction_unclipped`` of the reports
-            is below .1, lower it where it is above .5.
+        gamma: γ, of 1 over the loss's units, .01 by default; raise it where ``fraction_unclipped``
+            of the reports is below .1, lower it where it is above .5.
         eps: ε, the least denominator.
         weight_decay: wd, decoupled from the loss; .2 in the source.
         update_every: k, steps from one estimate to the next.
@@ -148,24 +150,7 @@ class SophiaH(_Sophia):
         tensor([0.9000, 0.9000])
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.96, 0.99),
-        gamma: float = 0.01,
-        eps: float = 1e-12,
-        weight_decay: float = 0.0,
-        *,
-        update_every: int = 10,
-        seed: int = 0,
-        engine: EngineName = "auto",
-        max_consecutive_failures: int = 5,
-    ) -> None:
-        super().__init__(
-            params, lr, betas, gamma, eps, weight_decay, update_every=update_every, seed=seed,
-            engine=engine, max_consecutive_failures=max_consecutive_failures,
-        )  # fmt: skip
+    usual_gamma = 0.01
 
     def _estimate(
         self, oracle: ClosureOracle, params: TensorList, seed: int
@@ -186,7 +171,7 @@ class SophiaG(_Sophia):
 
     Args:
         params, lr, betas, eps, weight_decay, update_every: as of `SophiaH`.
-        gamma: γ; the source's value is greater than that of `SophiaH`.
+        gamma: γ, .05 by default, the source's greater value for this estimate.
         seed: of the labels.
         engine: see `hvpopt.closure.ClosureOracle`.
         max_consecutive_failures: so many failed steps in a row raise FloatingPointError.
@@ -199,24 +184,7 @@ class SophiaG(_Sophia):
     Source: Liu et al. (2023), algorithms 2 and 3; its constants are the defaults.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.96, 0.99),
-        gamma: float = 0.05,
-        eps: float = 1e-12,
-        weight_decay: float = 0.0,
-        *,
-        update_every: int = 10,
-        seed: int = 0,
-        engine: EngineName = "auto",
-        max_consecutive_failures: int = 5,
-    ) -> None:
-        super().__init__(
-            params, lr, betas, gamma, eps, weight_decay, update_every=update_every, seed=seed,
-            engine=engine, max_consecutive_failures=max_consecutive_failures,
-        )  # fmt: skip
+    usual_gamma = 0.05
 
     def _estimate(
         self, oracle: ClosureOracle, params: TensorList, seed: int

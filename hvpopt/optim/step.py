@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvpopt import trees
+from hvpopt.optim.damping import balanced_scale
 from hvpopt.optim.model import Precondition, tensors
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport
 from hvpopt.preconditioners.base import State
+from hvpopt.solvers.stopping import ForcingTerm, ResidualNorm, StoppingRule
 from hvpopt.trees import TensorList
 
 
@@ -20,9 +22,11 @@ class Step:
         states: drafts of the parameters' states.
         precondition: for CG, or None.
         report: makes the report from an outcome and figures.
+        halves: the objective with gradient and curvature of a part of the batch, and with those
+            of the rest; None where the step is not to be debiased.
 
     Attributes:
-        objective, precondition, report: as given.
+        objective, precondition, report, halves: as given.
     """
 
     def __init__(
@@ -31,9 +35,11 @@ class Step:
         states: Sequence[State],
         precondition: Precondition | None,
         report: Callable[..., NewtonCGReport],
+        halves: tuple[Objective, Objective] | None = None,
     ) -> None:
         self.objective, self._states = objective, states
-        self.precondition, self.report = precondition, report
+        self.precondition, self.report, self.halves = precondition, report, halves
+        self._forced: StoppingRule | None = None
 
     def kept(self, key: str) -> list[Any]:
         """What earlier steps kept of each parameter; None where they did not."""
@@ -53,9 +59,32 @@ class Step:
         """Keeps numbers for later steps."""
         self._states[0].update(values)
 
+    def stopping(self, rule: StoppingRule | ForcingTerm) -> StoppingRule:
+        """When CG may stop: the rule, or the tolerance that a forcing term gives at this step."""
+        if not isinstance(rule, ForcingTerm):
+            return rule
+        if self._forced is None:
+            norm = float(trees.norm(self.objective.grad))
+            rtol = rule.rtol(norm, self.number("forcing_norm"), self.number("forcing"))
+            self.remember(forcing_norm=norm, forcing=rtol)
+            self._forced = ResidualNorm(rtol=rtol)
+        return self._forced
+
     def expect(self, value: float, slope: float) -> None:
         """Keeps F where the step ended, and gᵀp, p the step, where it began."""
         self._states[0].update(objective=value, slope=slope)
+
+    def shrink(self, factors: Sequence[float]) -> None:
+        """Multiplies each parameter by its factor where the step has ended, for good."""
+        self.remember(objective=self.objective.shrink(factors))
+
+    def scale(self, slope_ratio: float, gain: float) -> float:
+        """α by which this step is multiplied, see `balanced_scale`; kept for the next one."""
+        scale, num_batches = self.number("scale") or 1.0, int(self.number("num_batches") or 0)
+        if not math.isnan(slope_ratio):
+            scale = balanced_scale(scale, slope_ratio, num_batches, gain=gain)
+            self.remember(scale=scale, num_batches=num_batches + 1)
+        return scale
 
     def slope_ratio(self) -> float:
         """g′ᵀp / gᵀp of the last step p, with g′ the gradient here, where it ended.
@@ -63,11 +92,26 @@ class Step:
         NaN where this step's batch is the last one's, and says nothing new. It is another one
         where F is not what the last step left it at, to two thirds of the digits.
         """
-        expected, slope = self._states[0].get("objective"), self._states[0].get("slope")
-        update = tensors(self.kept("update"))
-        if expected is None or not slope or update is None:
+        expected, objective = self.number("objective"), self.objective
+        if expected is None:
             return math.nan
-        objective = self.objective
         if abs(objective.value - expected) <= objective.eps ** (2 / 3) * abs(objective.value):
             return math.nan
-        return float(trees.dot(objective.grad, update)) / slope
+        return self._slope_at_its_end()
+
+    def late_ratio(self) -> float:
+        """ρ of the last step p, from the gradients at its ends: ½ (gᵀp + g′ᵀp) / m(p).
+
+        The trapezoidal rule for the change, exact on a quadratic. Unlike ρ itself it sees all the
+        data that the gradients are of.
+        """
+        slope, predicted = self.number("slope"), self.number("predicted")
+        if not slope or not predicted:
+            return math.nan
+        return 0.5 * (1 + self._slope_at_its_end()) * slope / predicted
+
+    def _slope_at_its_end(self) -> float:
+        slope, update = self.number("slope"), tensors(self.kept("update"))
+        if not slope or update is None:
+            return math.nan
+        return float(trees.dot(self.objective.grad, update)) / slope

@@ -6,18 +6,17 @@ from typing import Any, Literal
 from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
-from hvpopt.optim.damping import reduction_ratio, slope_balanced
+from hvpopt.optim.checks import check_stop, failure_of
+from hvpopt.optim.damping import balanced_radius, reduction_ratio
 from hvpopt.optim.newton import NewtonOptimizer
 from hvpopt.optim.report import NewtonCGReport, Outcome
 from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
-from hvpopt.solvers.result import Status
 from hvpopt.solvers.steihaug import steihaug
-from hvpopt.solvers.stopping import RelativeProgress, StoppingRule
+from hvpopt.solvers.stopping import ForcingTerm, RelativeProgress, StoppingRule
 from hvpopt.trees import TensorList
 
-_BROKEN = (Status.BREAKDOWN, Status.INDEFINITE_PRECONDITIONER)
 _LEAST_SHARE = 1e-3  # of the curvature along the gradient, in the norm of a preconditioner
 
 
@@ -51,11 +50,8 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         max_cg_steps: at most so many products for a trial step.
         cg_stop: when CG has done enough; Martens' relative progress by default.
         max_evaluations: trial steps before a step is rejected.
-        grad_tolerance: at or below this norm of F's gradient the parameters stay, unless the
-            point is a saddle.
-        seed: of the preconditioner's random numbers.
-        engine: see `hvpopt.closure.ClosureOracle`.
-        max_consecutive_failures: so many failed steps in a row raise FloatingPointError.
+        grad_tolerance, decoupled_weight_decay, seed, engine, max_consecutive_failures: as of
+            `hvpopt.NewtonCG`.
 
     Raises:
         ValueError: for an argument out of range.
@@ -89,9 +85,10 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         curvature: Curvature = "hessian",
         preconditioner: Preconditioner | None = None,
         max_cg_steps: int = 250,
-        cg_stop: StoppingRule | None = None,
+        cg_stop: StoppingRule | ForcingTerm | None = None,
         max_evaluations: int = 10,
         grad_tolerance: float = 0.0,
+        decoupled_weight_decay: bool = False,
         seed: int = 0,
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
@@ -100,7 +97,7 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         if radius != "auto":
             check_range("radius", radius, 1e-30, 1e30)
         self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
-        self._cg_stop = RelativeProgress() if cg_stop is None else cg_stop
+        self._cg_stop = RelativeProgress() if cg_stop is None else check_stop(cg_stop)
         self._max_evaluations = check_count("max_evaluations", max_evaluations)
         super().__init__(
             params,
@@ -108,6 +105,7 @@ class TrustRegionNewtonCG(NewtonOptimizer):
             curvature=curvature,
             preconditioner=preconditioner,
             grad_tolerance=grad_tolerance,
+            decoupled_weight_decay=decoupled_weight_decay,
             seed=seed,
             engine=engine,
             max_consecutive_failures=max_consecutive_failures,
@@ -119,8 +117,12 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         radius = self._first_radius(step, metric) if kept is None else kept
         slope_ratio = step.slope_ratio()
         if not math.isnan(slope_ratio):
-            radius = 1 / slope_balanced(1 / radius, slope_ratio, bounds=(1e-30, 1e30))
+            radius = balanced_radius(radius, slope_ratio)
+        elif objective.is_partial:
+            late = step.late_ratio()
+            radius *= 0.25 if late < 0.25 else 2.0 if late > 0.75 else 1.0
         rhs = trees.scale(objective.grad, -1.0)
+        is_judged = math.isnan(slope_ratio) and not objective.is_partial  # by F itself
         num_steps = 0
         for _ in range(self._max_evaluations):
             inner = steihaug(
@@ -128,20 +130,20 @@ class TrustRegionNewtonCG(NewtonOptimizer):
                 rhs,
                 radius,
                 preconditioner=metric,
-                stop=self._cg_stop,
+                stop=step.stopping(self._cg_stop),
                 max_steps=self._max_cg_steps,
             )
             num_steps += inner.num_steps
-            if inner.status in _BROKEN and inner.num_steps == 0:
+            if failure := failure_of(inner):
                 objective.restore()
-                return step.report(Outcome.NONFINITE_PRODUCT, radius=radius)
+                return step.report(failure, radius=radius, cg_status=inner.status)
             update, predicted, slope = self._scaled(step, lr, inner.value, inner.model_value)
             value = objective.move(update, 1.0)
             ratio = reduction_ratio(value - objective.value, predicted, noise=objective.noise)
             tried = radius
             if ratio < 0.25:
                 radius = 0.25 * inner.norm
-            elif ratio > 0.75 and inner.is_on_boundary and math.isnan(slope_ratio):
+            elif ratio > 0.75 and inner.is_on_boundary and is_judged:
                 radius = 2 * radius
             accepted = ratio > 0.15 or math.isnan(ratio)
             if accepted or not 1e-30 < radius < math.inf:
@@ -149,7 +151,7 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         if not accepted:
             objective.restore()
         length = 1.0 if accepted else 0.0
-        step.remember(radius=radius)
+        step.remember(radius=radius, predicted=predicted)
         step.keep(update=trees.scale(update, length))
         step.expect(
             (value if accepted else objective.value) - objective.tilt(update, length),
@@ -189,7 +191,8 @@ class TrustRegionNewtonCG(NewtonOptimizer):
         objective = step.objective
         g = objective.grad
         along = abs(float(trees.dot(g, objective.product(g)) / trees.dot(g, g)))
-        shift = [wd + _LEAST_SHARE * along for wd in objective.decay]
+        least = _LEAST_SHARE * along if math.isfinite(along) else 0.0  # CG will meet it, too
+        shift = [wd + least for wd in objective.decay]
         return precondition(shift)
 
     def _first_radius(self, step: Step, metric: Any) -> float:

@@ -1,6 +1,7 @@
 """When an iterative solver may stop: small rules over what it knows after each step."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,114 @@ class ResidualNorm:
         """CONVERGED when the residual is within the tolerance."""
         tolerance = max(self.rtol * progress.rhs_norm, self.atol)
         return Status.CONVERGED if progress.residual_norm <= tolerance else None
+
+
+_LEAST = 1e-12  # residuals below it are rounding
+
+
+class ForcingTerm(ABC):
+    """Says how accurately each of a sequence of Newton systems B d = −g is solved.
+
+    The residual is to be ‖B d + g‖ ≤ η ‖g‖, with η from the gradients so far: loose far from a
+    minimum, where the model is wrong anyway, and tight near one, so that Newton's method keeps its
+    fast convergence. For deterministic problems: the gradients of mini-batches say little of each
+    other.
+    """
+
+    @abstractmethod
+    def rtol(
+        self, grad_norm: float, last_norm: float | None = None, last_rtol: float | None = None
+    ) -> float:
+        """η.
+
+        Args:
+            grad_norm: ‖g‖ at this step.
+            last_norm: at the last one; None at the first.
+            last_rtol: η at the last one.
+        """
+
+
+@dataclass(frozen=True)
+class SquareRoot(ForcingTerm):
+    """η = min(cap, √‖g‖), which makes Newton's method superlinear; not free of the loss's scale.
+
+    Args:
+        cap: The largest η.
+
+    Raises:
+        ValueError: For a cap outside (0, 1).
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), algorithm 7.1.
+
+    Examples:
+        >>> SquareRoot().rtol(100.0), SquareRoot().rtol(0.01)
+        (0.5, 0.1)
+    """
+
+    cap: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_cap(self)
+
+    def rtol(
+        self, grad_norm: float, last_norm: float | None = None, last_rtol: float | None = None
+    ) -> float:
+        """min(cap, √‖g‖)."""
+        return max(min(self.cap, math.sqrt(grad_norm)), _LEAST)
+
+
+@dataclass(frozen=True)
+class EisenstatWalker(ForcingTerm):
+    """η = γ (‖g‖ / ‖g₋‖)^α, their second choice: as much tighter as the last step was good.
+
+    At most the cap, which is also the first one, and at least γ η₋^α where that is above 0.1, so
+    that one lucky step does not make the next expensive.
+
+    Args:
+        gamma: γ.
+        power: α, the order of convergence where γ < 1.
+        cap: The largest η.
+
+    Raises:
+        ValueError: For an argument out of range.
+
+    Source: Eisenstat and Walker, "Choosing the forcing terms in an inexact Newton method" (SIAM
+    J. Sci. Comput. 17, 1996), equation 2.6 and the safeguard below it.
+
+    Examples:
+        >>> EisenstatWalker().rtol(1.0)
+        0.5
+        >>> EisenstatWalker().rtol(0.5, last_norm=1.0, last_rtol=0.1)
+        0.225
+    """
+
+    gamma: float = 0.9
+    power: float = 2.0
+    cap: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"EisenstatWalker needs 0 < gamma ≤ 1, got {self.gamma}.")
+        if not 1 < self.power <= 2:
+            raise ValueError(f"EisenstatWalker needs 1 < power ≤ 2, got {self.power}.")
+        _check_cap(self)
+
+    def rtol(
+        self, grad_norm: float, last_norm: float | None = None, last_rtol: float | None = None
+    ) -> float:
+        """γ (‖g‖ / ‖g₋‖)^α, safeguarded."""
+        if not last_norm or last_rtol is None:
+            return self.cap
+        term = self.gamma * (grad_norm / last_norm) ** self.power
+        safeguard = self.gamma * last_rtol**self.power
+        if safeguard > 0.1:
+            term = max(term, safeguard)
+        return max(min(self.cap, term), _LEAST)
+
+
+def _check_cap(term: SquareRoot | EisenstatWalker) -> None:
+    if not 0 < term.cap < 1:
+        raise ValueError(f"{type(term).__name__} needs 0 < cap < 1, got {term.cap}.")
 
 
 @dataclass(frozen=True)

@@ -264,13 +264,6 @@ def test_a_closure_between_estimates_has_to_return_its_loss(cls):
 
 
 @every
-@pytest.mark.parametrize("flag", ["maximize", "foreach", "fused", "capturable", "differentiable"])
-def test_flags_of_other_optimizers_are_refused_by_name(cls, flag):
-    with pytest.raises(TypeError, match=flag):
-        cls([nn.Parameter(torch.ones(1))], **{flag: True})
-
-
-@every
 def test_parameters_of_mixed_dtype_train(cls):
     single = nn.Parameter(torch.ones(2))
     double = nn.Parameter(torch.ones(2, dtype=torch.float64))

@@ -4,30 +4,19 @@ import logging
 import math
 import pickle
 from functools import partial
-from pathlib import Path
 
-import hydra
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from omegaconf import OmegaConf
 from problems import closure_of, flat, problem
 from test_ddp import in_two_processes
 from torch import nn
 from torch.optim import LBFGS as TorchLBFGS
-from torch.optim import SGD, Adam, Muon
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim import SGD, Adam
 
-import hvpopt
-from hvpopt.lightning.callbacks import OptimizerMonitor
 from hvpopt.optim.handover import Handover
 from hvpopt.optim.newton_cg import NewtonCG
 from hvpopt.optim.report import NewtonCGReport
-from hvpopt.optim.smd import SMD
 from hvpopt.optim.sophia import SophiaG
 from hvpopt.optim.stages import Stage
 
@@ -215,139 +204,6 @@ def test_the_report_is_that_of_the_stage():
     assert optimizer.num_products == optimizer.last_report.num_products > 0
 
 
-def test_a_scheduler_acts_on_the_first_stage_alone():
-    task = problem("mlp")
-    optimizer = Handover(task.params, [Stage(Adam, steps=3, lr=0.1), Stage(SGD, lr=0.5)])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1**step)
-    seen = []
-    for _ in range(5):
-        run(optimizer, task, 1)
-        seen.append(optimizer.optimizer.param_groups[0]["lr"])
-        scheduler.step()
-    assert seen == pytest.approx([0.1, 0.01, 0.001, 0.5, 0.5])
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
-
-
-def test_one_cycle_finds_the_first_stages_momentum():
-    task = problem("mlp")
-    optimizer = Handover(task.params, [Stage(Adam, steps=3), Stage(SGD)])
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
-    betas = optimizer.optimizer.param_groups[0]["betas"]
-    run(optimizer, task, 1)
-    scheduler.step()
-    assert optimizer.optimizer.param_groups[0]["betas"] != betas
-
-
-def test_options_of_a_group_go_to_every_stage_but_its_learning_rate_to_the_first():
-    task = problem("mlp")
-    groups = [
-        {"params": task.params[:2], "weight_decay": 0.1, "lr": 0.3},
-        {"params": iter(task.params[2:])},
-    ]
-    optimizer = Handover(groups, [Stage(Adam, steps=1, lr=0.2), Stage(NewtonCG)])
-    first, second = optimizer._optimizers
-    assert [g["lr"] for g in first.param_groups] == [0.3, 0.2]
-    assert [g["lr"] for g in second.param_groups] == [1.0, 1.0]
-    assert [g["weight_decay"] for g in first.param_groups] == [0.1, 0]
-    assert [g["weight_decay"] for g in second.param_groups] == [0.1, 0.0]
-    assert optimizer.param_groups is first.param_groups
-    run(optimizer, task, 3)
-
-
-def test_named_parameters_keep_their_names():
-    task = problem("mlp")
-    optimizer = Handover(task.net.named_parameters(), [Stage(Adam, steps=1), Stage(SMD)])
-    for stage in optimizer._optimizers:
-        assert stage.param_groups[0]["param_names"][0] == "0.weight"
-
-
-def test_a_late_group_trains_in_every_stage_and_a_refused_one_leaves_no_trace():
-    task = problem("mlp")
-    optimizer = Handover(task.params[:2], [Stage(Adam, steps=2), Stage(SMD, lr=0.01)])
-    run(optimizer, task, 1)
-    with pytest.raises(TypeError, match=r"Parameter number 0 has dtype torch\.complex64"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1, dtype=torch.complex64))]})
-    assert [len(o.param_groups) for o in optimizer._optimizers] == [1, 1]
-    optimizer.add_param_group({"params": iter(task.params[2:]), "lr": 0.05})
-    assert [g["lr"] for g in optimizer._optimizers[0].param_groups] == [1e-3, 0.05]
-    assert [g["lr"] for g in optimizer._optimizers[1].param_groups] == [0.01, 0.01]
-    for _ in range(3):
-        before = task.params[-1].detach().clone()
-        run(optimizer, task, 1)
-        assert not torch.equal(task.params[-1], before)
-
-
-def test_a_late_group_is_refused_where_lbfgs_would_fail_on_it_later():
-    task = problem("mlp")
-    optimizer = Handover(task.params[:2], [Stage(Adam, steps=2), Stage(LBFGS)])
-    with pytest.raises(ValueError, match="LBFGS, which has one parameter group only"):
-        optimizer.add_param_group({"params": task.params[2:]})
-
-
-def test_zero_grad_clears_every_gradient():
-    task = problem("mlp")
-    optimizer = Handover(task.params, schedule())
-    task.closure()()
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in task.params)
-
-
-def test_hooks_of_the_step_are_called_once_in_every_stage():
-    task = problem("mlp")
-    optimizer = Handover(task.params, [Stage(Adam, steps=1), Stage(NewtonCG)])
-    called = []
-    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
-    optimizer.register_step_post_hook(lambda *_: called.append("after"))
-    run(optimizer, task, 2)
-    assert called == ["before", "after"] * 2
-
-
-def test_hooks_of_the_state_are_called():
-    task = problem("mlp")
-    optimizer = Handover(task.params, schedule())
-    called = []
-    optimizer.register_state_dict_pre_hook(lambda o: called.append("save"))
-    optimizer.register_state_dict_post_hook(lambda o, s: {**s, "mine": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, s: called.append(s["mine"]))
-    optimizer.register_load_state_dict_post_hook(lambda o: called.append("loaded"))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert called == ["save", 1, "loaded"]
-
-
-def test_the_state_of_another_schedule_is_refused():
-    task = problem("mlp")
-    optimizer = Handover(task.params, [Stage(Adam, steps=1), Stage(NewtonCG)])
-    other = Handover(task.params, [Stage(Adam, steps=1), Stage(SMD)])
-    with pytest.raises(ValueError, match=r"\['Adam', 'SMD'\], and this is a Handover of \['Adam',"):
-        optimizer.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="The state is of no Handover"):
-        optimizer.load_state_dict(Adam(task.params).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda w: [], ValueError, r"stages=\[\]: expected at least one"),
-        (lambda w: [Adam], TypeError, r"stages\[0\] is a type, expected a hvpopt\.Stage"),
-        (lambda w: [Stage(Adam), Stage(SGD)], ValueError, r"stages\[0\] never hands over"),
-        (lambda w: [Stage(Adam, steps=3)], ValueError, r"stages\[0\] is the last stage and has"),
-        (lambda w: {"a": None}, ValueError, r"stages={'a': None}: expected at least one"),
-        (lambda w: {"a": Stage(Adam), "b": Stage(SGD)}, ValueError, r"stages\['a'\] never hands"),
-        (lambda w: [Stage(Adam, steps=0)], ValueError, "steps=0 is out of range"),
-        (lambda w: [Stage(Adam, stall_tolerance=-1)], ValueError, "stall_tolerance=-1 is out of"),
-        (lambda w: [Stage(Adam, stall_window=0)], ValueError, "stall_window=0 is out of range"),
-        (lambda w: [Stage(Adam([w]))], TypeError, "got a Adam, expected a class such as"),
-        (lambda w: [Stage(lambda groups: groups)], TypeError, "A stage made a list, expected"),
-        (lambda w: [Stage(Adam, momentum=1)], TypeError, "unexpected keyword argument 'momentum'"),
-        (lambda w: [Stage(Adam, steps=1), Stage(SMD, lr=-1)], ValueError, "lr=-1 is out of range"),
-    ],
-)
-def test_a_schedule_that_cannot_be_is_refused_at_once(make, error, message):
-    w = nn.Parameter(torch.ones(1))
-    with pytest.raises(error, match=message):
-        Handover([w], make(w))
-
-
 def test_a_stage_that_watches_the_loss_needs_a_closure():
     w = nn.Parameter(torch.ones(1))
     optimizer = Handover([w], [Stage(Adam, stall_tolerance=0.1), Stage(SGD)])
@@ -356,37 +212,6 @@ def test_a_stage_that_watches_the_loss_needs_a_closure():
     optimizer = Handover([w], [Stage(Adam, steps=1), Stage(SGD)])
     w.grad = torch.ones(1)
     assert optimizer.step() is None
-
-
-def test_other_optimizers_of_torch_take_part():
-    torch.manual_seed(0)
-    net = nn.Linear(3, 2, bias=False)
-    optimizer = Handover(net.parameters(), [Stage(Muon, steps=2), Stage(NewtonCG)])
-    x = torch.randn(5, 3)
-    loss = closure_of(optimizer, lambda: F.mse_loss(net(x), x[:, :2]))
-    assert [optimizer.step(loss) for _ in range(4)][-1] < 1e-3
-
-
-def test_it_says_which_stage_is_current():
-    w, closure = scripted([1.0] * 2)
-    optimizer = Handover([w], [Stage(Adam, steps=1), Stage(SGD)])
-    assert "* Adam (" in repr(optimizer)
-    optimizer.step(closure)
-    optimizer.step(closure)
-    assert "  Adam (" in repr(optimizer)
-    assert "* SGD (" in repr(optimizer)
-
-
-def test_the_configuration_makes_a_schedule():
-    config = OmegaConf.load(Path(hvpopt.__file__).parents[1] / "conf/optimizer/handover.yaml")
-    task = problem("mlp")
-    optimizer = hydra.utils.instantiate(config, _convert_="all")(task.params)
-    assert [type(o).__name__ for o in optimizer._optimizers] == ["Adam", "LBFGS", "NewtonCG"]
-    assert [stage.steps for stage in optimizer._stages] == [1000, None, None]
-    run(optimizer, task, 1)
-    config.stages.lbfgs = None
-    optimizer = hydra.utils.instantiate(config, _convert_="all")(task.params)
-    assert [type(o).__name__ for o in optimizer._optimizers] == ["Adam", "NewtonCG"]
 
 
 def _steps_before_the_hand_over(rank):
@@ -408,106 +233,3 @@ def _steps_before_the_hand_over(rank):
 def test_ranks_hand_over_in_the_same_step_by_the_mean_of_their_losses(tmp_path):
     """The means fall by 44, 40, 33 and 25 percent; alone, the first rank's would not fall."""
     assert in_two_processes(_steps_before_the_hand_over, tmp_path) == [6, 6]
-
-
-class Module(L.LightningModule):
-    """An ordinary module."""
-
-    def __init__(self, scheduler=None):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        self.scheduler = scheduler
-        self.calls = []
-
-    def training_step(self, batch):
-        self.calls.append(self.trainer.global_step)
-        x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = Handover(
-            self.parameters(),
-            [
-                Stage(Adam, steps=3, lr=1e-2),
-                Stage(LBFGS, steps=2),
-                Stage(SophiaG, steps=3, update_every=2),
-                Stage(NewtonCG, max_cg_steps=5),
-            ],
-        )
-        return [optimizer], [] if self.scheduler is None else [self.scheduler(optimizer)]
-
-
-def fit(tmp_path, name, num_epochs=4, *, resume=None, module=None, callbacks=(), **options):
-    L.seed_everything(2, verbose=False)
-    x = torch.randn(8, 6).repeat(3, 1)  # Lightning begins an interrupted epoch anew
-    data = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=8)
-    module = Module() if module is None else module
-    checkpoints = ModelCheckpoint(
-        tmp_path / name / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1
-    )
-    trainer = L.Trainer(
-        max_epochs=num_epochs, accelerator="cpu", logger=CSVLogger(tmp_path, name=name),
-        log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[checkpoints, *callbacks], **options,
-    )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=resume, weights_only=None if resume is None else True)
-    return module, trainer
-
-
-lightning_fit = pytest.mark.filterwarnings(
-    "ignore:The 'train_dataloader' does not have many workers",
-    "ignore:Experiment logs directory",
-    "ignore:The dirpath has changed",
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-)
-
-
-@lightning_fit
-@pytest.mark.parametrize("step", [2, 3, 4, 7, 10])
-def test_lightning_resumes_in_every_stage_bit_for_bit(tmp_path, step):
-    whole, trainer = fit(tmp_path, "whole")
-    assert trainer.global_step == 12
-    again, resumed = fit(
-        tmp_path, "again", resume=tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt"
-    )
-    assert resumed.global_step == 12
-    assert min(again.calls) == step
-    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
-    position = [t.optimizers[0]._position for t in (trainer, resumed)]
-    assert position[0] == position[1]
-    assert (position[0].stage, position[0].num_steps) == (3, 4)
-
-
-@lightning_fit
-def test_lightning_runs_the_training_step_as_often_as_each_stage_asks(tmp_path):
-    module, trainer = fit(tmp_path, "run", callbacks=[OptimizerMonitor()])
-    counts = [module.calls.count(step) for step in range(12)]
-    assert counts[:3] == [1, 1, 1]
-    assert all(2 <= count <= 5 for count in counts[3:5])
-    assert type(trainer.optimizers[0]) is Handover
-    assert trainer.progress_bar_metrics["cg_steps"] > 0
-
-
-@lightning_fit
-@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 3}, {"gradient_clip_val": 1.0}])
-def test_smoke_the_loss_falls_under_lightnings_options(tmp_path, options):
-    _, trainer = fit(tmp_path, "run", 20, **options)
-    assert trainer.optimizers[0]._position.stage > 1
-    assert trainer.callback_metrics["loss"] < 0.6
-
-
-@lightning_fit
-def test_lightnings_monitor_shows_the_learning_rate_of_the_current_stage(tmp_path):
-    scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-    monitor = LearningRateMonitor("step")
-    fit(tmp_path, "run", module=Module(scheduler), callbacks=[monitor])
-    assert monitor.lrs["lr-Handover"][:4] == [0.01, 0.01, 0.01, 0.005]
-    assert set(monitor.lrs["lr-LBFGS"]) == {1}
-    assert set(monitor.lrs["lr-NewtonCG"]) == {1.0}
-
-
-def test_a_stage_says_what_it_is():
-    assert repr(Stage(torch.optim.Adam, steps=3, lr=0.1)) == "Stage(Adam, steps=3, lr=0.1)"

@@ -12,7 +12,8 @@ from torch import nn
 
 import hvpopt
 from hvpopt.closure import ClosureOracle
-from hvpopt.optim.damping import calibrated, slope_balanced
+from hvpopt.optim.calibration import calibrated
+from hvpopt.optim.damping import balanced_radius, balanced_scale, damping_after
 from hvpopt.optim.model import DampedModel, best_trial
 from hvpopt.optim.objective import Objective, clipping
 from hvpopt.optim.report import Outcome
@@ -183,7 +184,7 @@ def test_automatic_damping_is_found_at_the_first_step_and_adapts_from_there():
     assert optimizer.param_groups[1]["damping"] == optimizer.param_groups[0]["damping"]
 
 
-def test_on_other_batches_the_damping_follows_their_slope_along_the_last_step():
+def test_on_other_batches_steps_follow_their_slope_along_the_last_step():
     torch.manual_seed(0)
     x, y = torch.randn(2, 20, 4, dtype=torch.float64), torch.randn(2, 20, dtype=torch.float64)
     w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
@@ -207,36 +208,75 @@ def test_on_other_batches_the_damping_follows_their_slope_along_the_last_step():
     optimizer.step(closure_of(optimizer, lambda: loss(1)))
     report = optimizer.last_report
     assert report.slope_ratio == pytest.approx(expected)
-    assert report.damping == pytest.approx(damping * 1.5 ** (-0.2 * expected))
-    assert optimizer.param_groups[0]["damping"] == report.damping  # the own batch says nothing
+    assert report.step_scale == pytest.approx(2.0 ** max(expected, -2.0))  # the first new batch
+    assert report.step_scale < 1
+    newton = torch.linalg.solve(
+        2 * x[1].T @ x[1] / 20 + (0.1 + damping) * torch.eye(4, dtype=torch.float64),
+        -gradient(1, before + step),
+    )
+    torch.testing.assert_close(w.detach() - before - step, report.step_scale * newton)
 
     optimizer.step(closure_of(optimizer, lambda: loss(1)))
     assert math.isnan(optimizer.last_report.slope_ratio)  # the same batch again
 
 
-def test_the_damping_balances_slopes():
-    assert slope_balanced(2.0, math.nan) == 2.0
-    assert slope_balanced(2.0, 0.0) == 2.0
-    assert slope_balanced(1.0, -50.0, factor=2.0) == 2.0  # went too far
-    assert slope_balanced(1.0, 5.0, factor=32.0) == 0.5
-    assert slope_balanced(1e-12, 1.0) == 1e-12
+def test_the_scale_of_steps_follows_slopes_between_bounds():
+    assert balanced_scale(0.5, math.nan, 3) == 0.5
+    assert balanced_scale(0.5, 1.0, 3) == 0.5 * 2**0.5  # one over the root of four batches
+    assert balanced_scale(0.5, 1.0, 10**6) == 0.5 * 2**0.1
+    assert balanced_scale(0.5, 1.0, 10**6, gain=0.2) == 0.5 * 2**0.2
+    assert balanced_scale(0.5, -1e9, 3) == 0.125  # went too far
+    assert balanced_scale(0.5, 1e9, 0) == 1.0
+    assert balanced_scale(0.9, 1.0, 0) == 1.0  # and no further
+    assert balanced_scale(0.5, -1.0, 3, gain=0.0) == 0.5
 
 
-def test_on_noisy_batches_the_damping_settles_and_the_parameters_too():
+def test_on_other_batches_the_damping_falls_slowly_to_a_limit_and_grows_at_once():
+    assert damping_after(1.0, 0.9, 0.0, 1, 2.0) == 0.5
+    assert damping_after(1.0, 0.9, 0.0, 4, 2.0) == pytest.approx(2**-0.5)
+    assert damping_after(1.0, 0.9, 0.0, 10**6, 2.0) == pytest.approx(2**-0.25)
+    assert damping_after(1.0, 0.9, -0.5, 1, 2.0) == 1.0  # the last step went too far
+    assert damping_after(1.0, 0.6, 0.5, 1, 2.0) == 1.0
+    assert damping_after(1.0, 0.4, 0.5, 9, 2.0) == 4.0  # the model is wrong
+    assert damping_after(1.0, 0.9, -1.5, 9, 2.0) == 4.0
+    assert damping_after(1.0, -math.inf, 1.0, 9, 2.0) == 4.0
+    assert damping_after(1.0, math.nan, 0.0, 9, 2.0) == 1.0
+    assert damping_after(1e-3, 0.9, 0.0, 1, 2.0, 9e-4) == 9e-4
+    assert damping_after(0.0, 0.1, -9.0, 1, 1.0) == 0.0
+
+
+def test_on_the_same_batch_the_damping_is_levenberg_and_marquardts():
+    assert damping_after(1.0, 0.9, math.nan, 0, 2.0, 0.8) == 0.5
+    assert damping_after(1.0, 0.4, math.nan, 9, 2.0) == 1.0
+    assert damping_after(1.0, 0.1, math.nan, 9, 2.0) == 2.0
+    assert damping_after(0.0, 0.1, math.nan, 9, 1.0) == 0.0
+
+
+def test_the_radius_balances_slopes():
+    assert balanced_radius(2.0, math.nan) == 2.0
+    assert balanced_radius(2.0, 0.0) == 2.0
+    assert balanced_radius(1.0, -50.0, factor=2.0) == 0.5  # went too far
+    assert balanced_radius(1.0, 5.0, factor=32.0) == 2.0
+    assert balanced_radius(1e30, 1.0) == 1e30
+
+
+def test_on_noisy_batches_steps_become_short_and_the_parameters_settle():
     """Linear regression with batches as small as its dimension, where each batch can be fitted."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     truth, w = draw(8), nn.Parameter(torch.zeros(8, dtype=torch.float64))
     optimizer = hvpopt.NewtonCG([w])
-    errors, dampings = [], []
+    errors, dampings, scales = [], [], []
     for _ in range(300):
         x = draw(8, 8)
         y = x @ truth + draw(8)
         optimizer.step(closure_of(optimizer, lambda: F.mse_loss(x @ w, y)))  # noqa: B023
         errors.append(float((w.detach() - truth).norm()))
         dampings.append(optimizer.last_report.damping)
+        scales.append(optimizer.last_report.step_scale)
     assert max(errors[-50:]) < 1.0 < float(truth.norm())
-    assert 0.1 < min(dampings[-100:]) <= max(dampings[-100:]) < 1e4
+    assert max(scales[-100:]) < 0.2 < scales[0]
+    assert min(dampings) == dampings[-1] == pytest.approx(3e-4 * dampings[0])
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])

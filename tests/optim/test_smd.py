@@ -89,9 +89,12 @@ def test_without_meta_learning_it_is_sgd_bit_for_bit(options):
         curvature="hessian", **options,
     )  # fmt: skip
     sgd = torch.optim.SGD(theirs.params, 0.1, **options)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (smd, sgd)]
     for _ in range(5):
         smd.step(closure_of(smd, lambda: ours.loss(ours.net(ours.x))))
         sgd.step(closure_of(sgd, lambda: theirs.loss(theirs.net(theirs.x))))
+        for schedule in schedules:
+            schedule.step()
     assert all(map(torch.equal, ours.params, theirs.params))
 
 
