@@ -112,6 +112,7 @@ def test_only_the_command_imports_hydra():
                 "optim",
                 "options",
                 "pytrees",
+                "silence",
                 "solvers",
                 "trees",
             ),

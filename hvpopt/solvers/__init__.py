@@ -2,8 +2,14 @@
 
 from hvpopt.solvers.capped_cg import capped_cg
 from hvpopt.solvers.cg import cg
+from hvpopt.solvers.eigenpairs import (
+    Eigenpairs,
+    bottom_eigenpairs,
+    extreme_eigenpairs,
+    top_eigenpairs,
+)
 from hvpopt.solvers.gltr import KrylovTrustRegion
-from hvpopt.solvers.lanczos import Eigenpairs, Tridiagonal, lanczos, top_eigenpairs
+from hvpopt.solvers.lanczos import Tridiagonal, lanczos
 from hvpopt.solvers.result import Iterate, Solution, Status, TrustRegionStep
 from hvpopt.solvers.steihaug import steihaug
 from hvpopt.solvers.stopping import (
@@ -29,8 +35,10 @@ __all__ = [
     "Tridiagonal",
     "TrustRegionStep",
     "Worthwhile",
+    "bottom_eigenpairs",
     "capped_cg",
     "cg",
+    "extreme_eigenpairs",
     "lanczos",
     "steihaug",
     "top_eigenpairs",
