@@ -3,6 +3,8 @@
 Importing this imports torch alone; Lightning and Hydra load where they are used.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from hvpopt.closure import ClosureOracle
 from hvpopt.dual import dual
 from hvpopt.linearization import LinearizedClosure
@@ -17,6 +19,9 @@ from hvpopt.optim.smd import SMD, SMDReport
 from hvpopt.optim.sophia import SophiaG, SophiaH, SophiaReport
 from hvpopt.optim.stages import Stage
 from hvpopt.optim.trust_region import TrustRegionNewtonCG
+
+if TYPE_CHECKING:
+    from hvpopt.lightning.doctor import doctor as doctor
 
 __all__ = [
     "SMD",
@@ -38,3 +43,12 @@ __all__ = [
     "dual",
     "minimize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what needs Lightning where it is used."""
+    if name == "doctor":
+        from hvpopt.lightning.doctor import doctor
+
+        return doctor
+    raise AttributeError(f"module 'hvpopt' has no attribute {name!r}")

@@ -1,6 +1,5 @@
 """The command `hvpopt`: what it runs, and its answer to each mistake."""
 
-import logging
 import os
 import re
 import subprocess
@@ -30,31 +29,6 @@ QUICK = [
     "callbacks.optimizer_monitor=null",
     "callbacks.curvature_monitor=null",
 ]
-
-
-@pytest.fixture
-def hvpopt(monkeypatch, tmp_path, capsys):
-    """Runs the command in this process in an empty folder; its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    loggers = [logging.getLogger(name) for name in (None, "hvpopt", "hydra", "lightning")]
-    states = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hvpopt", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    for logger, handlers, level, propagate in states:
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def only_output(folder: Path) -> Path:

@@ -12,17 +12,20 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hvpopt.cli.checkpoints import fill_subjects
 from hvpopt.cli.errors import UserError, fail, instantiation_sentence, is_for_the_user
 from hvpopt.cli.preflight import checked_arguments
-from hvpopt.cli.targets import check_targets
+from hvpopt.cli.targets import argument_names, check_targets
 
 __all__ = ["main"]
 
@@ -63,6 +66,7 @@ def _build(config: DictConfig) -> Callable[[], Any]:
     import lightning
 
     _leave_console_to_hydra()
+    fill_subjects(config, HydraConfig.get().overrides.task)
     resolved = _plain(config, resolve=True)
     _check_seed(config.seed)
     # Nodes that refer to others come last, so that a message names the place of the mistake.
@@ -72,7 +76,18 @@ def _build(config: DictConfig) -> Callable[[], Any]:
     check_targets({**resolved, **late})
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     _save(config)
-    return hydra.utils.instantiate(config.task, _convert_="all")
+    task = hydra.utils.instantiate(config.task, _convert_="all")
+    accepted = argument_names(task.func) or set()
+    return partial(task, choices=_choices(config)) if "choices" in accepted else task
+
+
+def _choices(config: DictConfig) -> dict[str, Any]:
+    """The option of each group, and what the command line has set, by their names."""
+    job = HydraConfig.get()
+    options = {k: v for k, v in job.runtime.choices.items() if not k.startswith("hydra/") and v}
+    keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides.task]
+    values = {key: OmegaConf.select(config, key) for key in keys if key not in options}
+    return {**options, **values}
 
 
 def _leave_console_to_hydra() -> None:

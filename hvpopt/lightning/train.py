@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from hvpopt.lightning.results import hyperparameters, log_results
 from hvpopt.lightning.resume import check_checkpoint
 
 __all__ = ["train"]
@@ -32,11 +33,13 @@ def train(
     logger: Logger | None = None,
     ckpt_path: str | Path | None = None,
     output_dir: str | Path = ".",
+    choices: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Results of a training run: test metrics, `seconds`, `steps`, `products`, `output_dir`.
 
     Fits the module, tests the best checkpoint (the last weights where none is kept), writes the
-    results to `summary.json` in the output directory and logs them as a table. The seconds are
+    results to `summary.json` in the output directory, logs them as a table, and gives them to the
+    logger beside the choices and the optimizer's options (HPARAMS in TensorBoard). The seconds are
     those of `fit`; the products are the optimizer's own count, None for one that computes none.
 
     Arguments:
@@ -48,6 +51,7 @@ def train(
         logger: where metrics go; None for nowhere.
         ckpt_path: a checkpoint to resume from.
         output_dir: where the run writes.
+        choices: names and values that distinguish the run from others, for the logger.
 
     Raises:
         FileNotFoundError, ValueError: before any data are loaded: if the optimizer or the Trainer
@@ -72,6 +76,8 @@ def train(
     }
     if fitter.is_global_zero:
         Path(output_dir, "summary.json").write_text(json.dumps(results, indent=2) + "\n")
+        settings = hyperparameters(optimizer, choices or {})
+        log_results(fitter.loggers, results, settings, fitter.global_step)
         log.info("\n%s", _table(results, type(optimizer).__name__, fitter.loggers))
     return results
 

@@ -28,6 +28,8 @@ class SMDReport(StepReport):
 
     Attributes:
         log_gain_min, log_gain_mean, log_gain_max: of ln(gain) over the parameters.
+        log_gain_low, log_gain_median, log_gain_high: the 5%, 50% and 95% quantiles of ln(gain); of
+            at most 100,000 evenly spaced gains.
         fraction_floored: share of gains that shrank by the full factor ρ.
         fraction_at_bounds: share of gains at one of their bounds.
         trace_norm: ‖v‖, v = −∂θ/∂ln p accumulated over time.
@@ -41,6 +43,9 @@ class SMDReport(StepReport):
     log_gain_min: float = float("nan")
     log_gain_mean: float = float("nan")
     log_gain_max: float = float("nan")
+    log_gain_low: float = float("nan")
+    log_gain_median: float = float("nan")
+    log_gain_high: float = float("nan")
     fraction_floored: float = float("nan")
     fraction_at_bounds: float = float("nan")
     trace_norm: float = float("nan")
