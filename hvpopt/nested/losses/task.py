@@ -1,0 +1,50 @@
+"""How wrong an output is: per-example errors and qualities of soft labels y ∈ [0, 1]ᴸ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["TASK_LOSSES", "TaskLossName", "log_loss", "soft_f1", "soft_f1_loss", "squared_loss"]
+
+TaskLossName = Literal["squared", "log", "soft_f1"]
+
+_SMALLEST = 1e-6
+
+
+def squared_loss(y: Tensor, target: Tensor) -> Tensor:
+    """‖y − y*‖² of each example, `[B]`."""
+    return (y - target).square().flatten(1).sum(1)
+
+
+def log_loss(y: Tensor, target: Tensor) -> Tensor:
+    """−Σ y* log y + (1 − y*) log(1 − y) of each example, `[B]`, with y kept 1e-6 away from 0 and 1,
+    so that a wrong corner costs 13.8 and not infinity."""
+    y = y.clamp(_SMALLEST, 1 - _SMALLEST)
+    return -(target * y.log() + (1 - target) * torch.log1p(-y)).flatten(1).sum(1)
+
+
+def soft_f1(y: Tensor, target: Tensor) -> Tensor:
+    """2 Σ min(y, y*) / Σ (y + y*) of each example, `[B]`: the F1 score for labels of 0 and 1, with
+    the relaxation of Gygli, Norouzi and Angelova (2017, ICML) between them. 1 where
+    both are all zero."""
+    y, target = y.flatten(1), target.flatten(1)
+    total = (y + target).sum(1)
+    overlap = 2 * torch.minimum(y, target).sum(1)
+    return torch.where(total > 0, overlap / total.clamp_min(_SMALLEST), 1.0)
+
+
+def soft_f1_loss(y: Tensor, target: Tensor) -> Tensor:
+    """1 − `soft_f1` of each example, `[B]`."""
+    return 1 - soft_f1(y, target)
+
+
+TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared": squared_loss,
+    "log": log_loss,
+    "soft_f1": soft_f1_loss,
+}
+"""The errors by name."""
