@@ -6,7 +6,7 @@ forward over reverse, Pearlmutter (1994).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -149,27 +149,12 @@ class dual:
 
 
 class _Loop:
-    """What a `DualRecorder` asks of the run that it sees: this one counts, on this rank alone."""
+    """The run that a `DualRecorder` sees here: the only one."""
 
-    size = 1
     is_first = True
-    wants_gradient = True
-    other_leaves: TensorList = []  # noqa: RUF012
 
     def __init__(self, params: TensorList) -> None:
         self.params = params
-
-    def __call__(self, on_backward: Any, **_: Any) -> None:
-        raise NotImplementedError
-
-    def recomputation(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def untraced(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def average(self, tensors: Sequence[Tensor]) -> TensorList:
-        return list(tensors)
 
 
 def _check(params: TensorList, v: TensorList) -> None:

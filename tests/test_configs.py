@@ -6,6 +6,7 @@ from pathlib import Path
 import hydra
 import lightning
 import pytest
+from arff_files import NUM_FEATURES, NUM_LABELS, write_bibtex
 from hydra import compose, initialize_config_module
 from idx_files import write_fashion_mnist
 from omegaconf import OmegaConf
@@ -43,10 +44,18 @@ def test_an_experiment_runs_for_two_steps(name, tmp_path):
         "++trainer.accelerator=cpu",
         "callbacks.progress_bar=null",
         "++trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=1",
     ]
     if name.startswith("autoencoder"):
         write_fashion_mnist(tmp_path)
         overrides += [f"data.root={tmp_path}", "++data.num_val=10", "++data.batch_size=20"]
+    if name.startswith("bibtex"):
+        write_bibtex(tmp_path)
+        overrides += [f"data.folder={tmp_path}", "++data.num_val=10", "++data.batch_size=10"]
+        overrides += [
+            f"model.energy.num_inputs={NUM_FEATURES}",
+            f"model.energy.num_labels={NUM_LABELS}",
+        ]
     results = task_of(compose_config(*overrides))()
     assert results["steps"] == 2
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()

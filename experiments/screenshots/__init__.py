@@ -1,5 +1,5 @@
 """Pictures of TensorBoard, taken in a headless browser."""
 
-from hvpopt.experiments.screenshots.browser import Dashboard, browser, tensorboard
+from .browser import Dashboard, browser, tensorboard
 
 __all__ = ["Dashboard", "browser", "tensorboard"]

@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hvpopt.experiments.screenshots.browser import Dashboard, browser, tensorboard
 from PIL import Image
 from selenium.webdriver.remote.webdriver import WebDriver
+
+from .browser import Dashboard, browser, tensorboard
 
 RUNS = {
     "newton_cg": ["optimizer=newton_cg"],

@@ -14,19 +14,23 @@ from hvpopt.engines.split import Curvature, LossSplit
 from hvpopt.trees import TensorList
 
 
-class Runner(Protocol):
-    """Runs the closure for an engine: the first time for good, later without a trace."""
+class Run(Protocol):
+    """A run under way, as a recorder sees it."""
 
     params: TensorList
 
     @property
-    def size(self) -> int:
-        """How many ranks there are."""
+    def is_first(self) -> bool:
+        """Whether it is the one that counts."""
         ...
 
+
+class Runner(Run, Protocol):
+    """Runs the closure for an engine: the first time for good, later without a trace."""
+
     @property
-    def is_first(self) -> bool:
-        """Whether the run under way is the one that counts."""
+    def size(self) -> int:
+        """How many ranks there are."""
         ...
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointError
 
-from hvpopt.engines.base import Runner, Trace, fill, reverse, vjp
+from hvpopt.engines.base import Run, Runner, Trace, fill, reverse, vjp
 from hvpopt.engines.custom_functions import check_applications, recorded_applications
 from hvpopt.engines.dual_level import (
     DualLevel,
@@ -60,7 +60,7 @@ class DualRecorder:
     """
 
     def __init__(
-        self, run: Runner, *, create_graph: bool = False, check: TensorList | None = None
+        self, run: Run, *, create_graph: bool = False, check: TensorList | None = None
     ) -> None:
         self._run = run
         self._params = run.params

@@ -39,6 +39,8 @@ def first_damping(
 
     g = objective.grad
     along = abs(float(trees.dot(g, objective.product(g)) / trees.dot(g, g)))
+    if objective.is_partial:  # its F says nothing of the other data's curvature
+        return along if 0 < along < math.inf else 1.0
     damping = calibrated(ratio, along) if 0 < along < math.inf else 1.0
     objective.restore()
     return damping

@@ -144,12 +144,26 @@ def best_trial(model: DampedModel, lr: Sequence[float], solution: Solution) -> t
         best = earlier
     if solution.direction is not None:
         uphill = trees.dot(model.objective.grad, solution.direction) > 0
-        downhill = trees.scale(solution.direction, -1.0 if uphill else 1.0)
+        length = _length_across(model.objective, solution, solution.direction)
+        downhill = trees.scale(solution.direction, -length if uphill else length)
         across = trial(model, lr, downhill, 0, None)
         if solution.num_steps == 0 or across.value < best.value:
             return across, across.value
     model.objective.put(best.update, 1.0)
     return best, last.value
+
+
+def _length_across(objective: Objective, solution: Solution, d: TensorList) -> float:
+    """The multiple of a direction d of curvature κ ‖d‖² < 0 that is tried: |gᵀd| / |κ| ‖d‖².
+
+    Whatever the scale of the loss, the model falls there by slope and by curvature in the ratio
+    2 : 1; no longer than max(1, ‖θ‖).
+    """
+    size = float(trees.norm(d))
+    slope = abs(float(trees.dot(objective.grad, d)))
+    curved = abs(solution.min_curvature) * size**2
+    longest = max(1.0, objective.start_norm) / size
+    return min(slope / curved, longest) if curved > 0 else longest
 
 
 def ratio_of(

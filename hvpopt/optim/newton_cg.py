@@ -10,7 +10,6 @@ from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
 from hvpopt.optim.calibration import first_damping
 from hvpopt.optim.checks import check_stop, failure_of
-from hvpopt.optim.damping import damping_after
 from hvpopt.optim.debiasing import relengthened
 from hvpopt.optim.line_search import LineSearchResult, armijo
 from hvpopt.optim.model import DampedModel, Trial, best_trial, ratio_of, tensors
@@ -146,16 +145,11 @@ class NewtonCG(NewtonOptimizer):
         super().__init__(
             params,
             {"lr": lr, "damping": damping, "weight_decay": weight_decay},
-            curvature=curvature,
-            preconditioner=preconditioner,
-            grad_tolerance=grad_tolerance,
-            decoupled_weight_decay=decoupled_weight_decay,
-            curvature_fraction=curvature_fraction,
-            debiased=debiased,
-            seed=seed,
-            engine=engine,
+            curvature=curvature, preconditioner=preconditioner, grad_tolerance=grad_tolerance,
+            decoupled_weight_decay=decoupled_weight_decay, curvature_fraction=curvature_fraction,
+            debiased=debiased, seed=seed, engine=engine,
             max_consecutive_failures=max_consecutive_failures,
-        )
+        )  # fmt: skip
 
     def _fit_defaults(self, *, plain: bool) -> None:
         """Sets what was not given to what suits CG without or with a preconditioner."""
@@ -179,6 +173,13 @@ class NewtonCG(NewtonOptimizer):
         slope_ratio = step.slope_ratio()
         scale = step.scale(slope_ratio, self._scale_gain)
         dampings = self._calibrated(step)
+        firsts = [
+            group.get("first_damping", damping)
+            for group, damping in zip(self.param_groups, dampings, strict=True)
+        ]
+        leasts = [self._least_share * first for first in firsts]
+        if objective.is_partial and math.isnan(slope_ratio):
+            dampings = step.dampings(dampings, step.late_ratio(), 0.0, self._damping_factor, leasts)
         model = self._model(step, dampings)
         solution = self._solved(step, model)
         said: dict[str, Any] = {
@@ -198,6 +199,7 @@ class NewtonCG(NewtonOptimizer):
         ratio = ratio_of(objective, search, best, first_value)
         step.keep(direction=solution.value, update=trees.scale(best.update, length))
         step.expect(search.value - objective.tilt(best.update, length), length * best.slope)
+        step.remember(predicted=best.predicted(length))
         said.update(
             objective_after=search.value,
             reduction_ratio=ratio,
@@ -205,10 +207,10 @@ class NewtonCG(NewtonOptimizer):
             step_length=length,
             update_norm=length * float(trees.norm(best.update)),
         )
-        num, factor = int(step.number("num_batches") or 0), self._damping_factor
-        for group, damping in zip(self.param_groups, dampings, strict=True):
-            least = self._least_share * group.setdefault("first_damping", damping)
-            group["damping"] = damping_after(damping, ratio, slope_ratio, num, factor, least)
+        if length == 0 or not objective.is_partial:
+            dampings = step.dampings(dampings, ratio, slope_ratio, self._damping_factor, leasts)
+        for group, damping, first in zip(self.param_groups, dampings, firsts, strict=True):
+            group.update(damping=damping, first_damping=first)
         return step.report(Outcome.STEPPED if length else Outcome.REJECTED, **said)
 
     def _model(self, step: Step, dampings: Sequence[float]) -> DampedModel:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvpopt import trees
-from hvpopt.optim.damping import balanced_scale
+from hvpopt.optim.damping import balanced_scale, damping_after
 from hvpopt.optim.model import Precondition, tensors
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport
@@ -77,6 +77,19 @@ class Step:
     def shrink(self, factors: Sequence[float]) -> None:
         """Multiplies each parameter by its factor where the step has ended, for good."""
         self.remember(objective=self.objective.shrink(factors))
+
+    def dampings(
+        self,
+        dampings: Sequence[float],
+        ratio: float,
+        slope_ratio: float,
+        factor: float,
+        leasts: Sequence[float],
+    ) -> list[float]:
+        """Each group's λ after a step, see `damping_after`."""
+        num = int(self.number("num_batches") or 0)
+        pairs = zip(dampings, leasts, strict=True)
+        return [damping_after(d, ratio, slope_ratio, num, factor, x) for d, x in pairs]
 
     def scale(self, slope_ratio: float, gain: float) -> float:
         """α by which this step is multiplied, see `balanced_scale`; kept for the next one."""

@@ -42,6 +42,8 @@ def loss_after(optimizer, w, num_steps, *, rotates):
 
 
 MAKE = {
+    "newton_cg": lambda w: hvpopt.NewtonCG([w]),
+    "newton_cg plain": lambda w: hvpopt.NewtonCG([w], preconditioner=None),
     "trust_region": lambda w: hvpopt.TrustRegionNewtonCG([w]),
     "trust_region ggn": lambda w: hvpopt.TrustRegionNewtonCG([w], curvature="ggn"),
 }

@@ -427,3 +427,14 @@ def test_an_unused_parameter_stays_under_weight_decay(cls):
 def test_a_copy_can_be_copied(cls):
     optimizer = cls([nn.Parameter(torch.ones(2))])
     assert type(copy.deepcopy(copy.deepcopy(optimizer))) is cls
+
+
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_negative_curvature_is_followed_as_far_whatever_the_scale_of_the_loss(scale, damping):
+    w = nn.Parameter(torch.tensor([0.5, 0.1], dtype=torch.float64))
+    damping = damping if damping == "auto" else damping * scale
+    optimizer = hvpopt.NewtonCG([w], damping=damping, curvature="hessian")
+    for _ in range(8):
+        optimizer.step(closure_of(optimizer, lambda: scale * saddle(w)))
+    assert w.detach().abs().tolist() == pytest.approx([0.0, math.sqrt(2)], abs=1e-6)
