@@ -77,7 +77,7 @@ def _build(config: DictConfig) -> Callable[[], Any]:
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     _save(config)
     task = hydra.utils.instantiate(config.task, _convert_="all")
-    accepted = argument_names(task.func) or set()
+    accepted = argument_names(getattr(task, "func", task)) or set()
     return partial(task, choices=_choices(config)) if "choices" in accepted else task
 
 

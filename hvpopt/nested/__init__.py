@@ -15,12 +15,14 @@ from hvpopt.nested.adjoints import (
 )
 from hvpopt.nested.domains import Box, Domain, Simplex, Unconstrained
 from hvpopt.nested.energy import Energy, relu_like
+from hvpopt.nested.hypergradients import Hypergradient, hypergradient
 from hvpopt.nested.inference import Inference, minimize_energy
 from hvpopt.nested.line_search import Backtracking
 from hvpopt.nested.logits import Logits, SoftmaxLogits
 from hvpopt.nested.methods import GradientDescent, HeavyBall, Method, MirrorDescent
 from hvpopt.nested.newton import NewtonDescent
 from hvpopt.nested.status import DivergenceError, InferenceStatus
+from hvpopt.nested.unrolled_hypergradients import UnrolledHypergradient, unrolled_hypergradient
 
 __all__ = [
     "ADJOINTS",
@@ -36,6 +38,7 @@ __all__ = [
     "ForwardMode",
     "GradientDescent",
     "HeavyBall",
+    "Hypergradient",
     "Implicit",
     "Inference",
     "InferenceStatus",
@@ -49,7 +52,10 @@ __all__ = [
     "Truncated",
     "Unconstrained",
     "Unrolled",
+    "UnrolledHypergradient",
     "adjoint_named",
+    "hypergradient",
     "minimize_energy",
     "relu_like",
+    "unrolled_hypergradient",
 ]

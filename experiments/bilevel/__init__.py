@@ -1,0 +1,1 @@
+"""Bilevel problems: ridge penalties, corrupted labels, step sizes."""
