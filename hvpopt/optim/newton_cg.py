@@ -137,19 +137,22 @@ class NewtonCG(NewtonOptimizer):
         self._cg_backtracking = cg_backtracking
         self._fit_defaults(plain=plain)
         self._scale_gain = check_range("scale_gain", scale_gain, 0.0, 1.0)
-        self._sufficient_decrease = check_range(
-            "sufficient_decrease", sufficient_decrease, 0.0, 1.0
-        )
+        self._decrease = check_range("sufficient_decrease", sufficient_decrease, 0.0, 1.0)
         self._backtracking = check_range("backtracking", backtracking, 0.01, 0.99)
         self._max_evaluations = check_count("max_evaluations", max_evaluations)
         super().__init__(
             params,
             {"lr": lr, "damping": damping, "weight_decay": weight_decay},
-            curvature=curvature, preconditioner=preconditioner, grad_tolerance=grad_tolerance,
-            decoupled_weight_decay=decoupled_weight_decay, curvature_fraction=curvature_fraction,
-            debiased=debiased, seed=seed, engine=engine,
+            curvature=curvature,
+            preconditioner=preconditioner,
+            grad_tolerance=grad_tolerance,
+            decoupled_weight_decay=decoupled_weight_decay,
+            curvature_fraction=curvature_fraction,
+            debiased=debiased,
+            seed=seed,
+            engine=engine,
             max_consecutive_failures=max_consecutive_failures,
-        )  # fmt: skip
+        )
 
     def _fit_defaults(self, *, plain: bool) -> None:
         """Sets what was not given to what suits CG without or with a preconditioner."""
@@ -173,10 +176,8 @@ class NewtonCG(NewtonOptimizer):
         slope_ratio = step.slope_ratio()
         scale = step.scale(slope_ratio, self._scale_gain)
         dampings = self._calibrated(step)
-        firsts = [
-            group.get("first_damping", damping)
-            for group, damping in zip(self.param_groups, dampings, strict=True)
-        ]
+        pairs = zip(self.param_groups, dampings, strict=True)
+        firsts = [group.get("first_damping", damping) for group, damping in pairs]
         leasts = [self._least_share * first for first in firsts]
         if objective.is_partial and math.isnan(slope_ratio):
             dampings = step.dampings(dampings, step.late_ratio(), 0.0, self._damping_factor, leasts)
@@ -262,7 +263,7 @@ class NewtonCG(NewtonOptimizer):
                 lambda t: objective.move(best.update, t),
                 objective.value,
                 best.slope,
-                sufficient_decrease=self._sufficient_decrease,
+                sufficient_decrease=self._decrease,
                 factor=self._backtracking,
                 max_evaluations=self._max_evaluations,
                 noise=objective.noise,
