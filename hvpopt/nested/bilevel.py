@@ -98,6 +98,12 @@ def expanded(loss: Loss, params: Tree, hparams: Tree, what: str) -> Expanded:
     with torch.inference_mode(False), torch.enable_grad(), differentiable_kernels():
         leaves = recorded(flat)
         value = scalar_valued(loss, what)(*pytree.tree_unflatten(leaves, spec))
+        if not value.requires_grad:
+            raise ValueError(
+                f"{what} depends neither on params nor on hparams by operations that autograd "
+                "follows: expected a value computed from its arguments, without detach(), .item() "
+                "or no_grad."
+            )
         grads = pullback([value], leaves, [torch.ones_like(value)])
     found = Expanded(value.detach(), *pytree.tree_unflatten(grads, spec))
     _check_finite(found, what)

@@ -53,6 +53,10 @@ class Domain:
     def _middle(self, shape: Sequence[int]) -> float:
         return 0.0
 
+    def inside(self, y: Tensor) -> Tensor:
+        """A start in the domain, moved by rounding's size to where it has coordinates."""
+        return y
+
     def coordinates(self, y: Tensor) -> Tensor:
         """u of y, of the same shape; differentiable."""
         return y

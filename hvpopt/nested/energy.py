@@ -105,11 +105,26 @@ def check_energies(energies: Any, y: Tensor) -> Tensor:
     if energies.shape != (len(y),):
         hint = "do not reduce over the batch" if energies.dim() == 0 else "sum over what belongs "
         hint += "" if energies.dim() == 0 else "to one example, as by flatten(1).sum(1)"
+        hint += ", nor squeeze a batch of one away" if len(y) == 1 and energies.dim() == 0 else ""
         raise ValueError(
             f"The energy returned shape {tuple(energies.shape)} for y of shape {tuple(y.shape)}; "
             f"expected ({len(y)},), one energy for each example: {hint}."
         )
     return energies
+
+
+def check_rows(energies: Tensor, y: Tensor) -> None:
+    """Lets energies pass of which the first depends on its own row of y alone.
+
+    Raises:
+        ValueError: If it depends on other rows.
+    """
+    (slope,) = torch.autograd.grad(energies[0], y, retain_graph=True, allow_unused=True)
+    if slope is not None and bool((slope[1:].abs() > 0).any()):
+        raise ValueError(
+            "The energy of one example depends on other rows of y: expected energies (batch,) of "
+            "examples apart. Take means and norms over the axes after the first alone."
+        )
 
 
 def check_start(energies: Tensor, gradient: Tensor) -> None:

@@ -16,6 +16,7 @@ from hvpopt.nested.methods import GradientDescent, Method
 from hvpopt.nested.problem import InnerProblem
 from hvpopt.nested.status import STATUSES, InferenceStatus
 from hvpopt.options import check_range
+from hvpopt.products.surroundings import in_transform
 
 AdjointName = Literal[
     "unrolled",
@@ -104,9 +105,13 @@ def minimize_energy(
         The minimisers and what is known of them.
 
     Raises:
-        TypeError: If y0 or the energies are not floating-point tensors.
-        ValueError: If the energies are not (batch,), not finite at y0, or do not depend on y; if
-            y0 lies outside of the domain, x has another batch size, or options do not go together.
+        TypeError: If y0 or the energies are not floating-point tensors, or the method, the domain
+            or the adjoint is another thing.
+        ValueError: If the energies are not (batch,), not finite at y0, do not depend on y, or one
+            depends on another example's y (which is looked at once for each energy); if
+            y0 lies outside of the domain (for `MirrorDescent` on its bounds, too), x has another
+            batch size, or options do not go together.
+        RuntimeError: Inside of a transform of ``torch.func``.
         DivergenceError: If more examples diverge than may.
 
     Examples:
@@ -120,12 +125,13 @@ def minimize_energy(
         (tensor([[ 1., -2.]]), tensor([[1., 1.]]))
     """
     adjoint = adjoint_named(adjoint) if isinstance(adjoint, str) else adjoint
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"adjoint is a {type(adjoint).__name__}; expected an Adjoint or its word.")
+    _check_kinds(energy, method, domain, adjoint)
     check_range("max_diverged", max_diverged, 0.0, 1.0)
     _check_y(y0)
     domain.check(y0.detach())
     method.check(domain, len(y0))
+    coordinates = method.coordinates(domain)
+    coordinates.check(y0.detach())
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     if y0.is_inference():
         with torch.inference_mode(False):
@@ -134,7 +140,7 @@ def minimize_energy(
     problem = InnerProblem(energy, x, y0, allows_captured=unrolled or not records)
     size = method.step_size
     sources = [y0, *problem.inputs, *problem.theta, *([size] if isinstance(size, Tensor) else [])]
-    run = Run(problem, method, method.coordinates(domain), y0, size, keep_iterates, max_diverged)
+    run = Run(problem, method, coordinates, y0, size, keep_iterates, max_diverged)
     report = AdjointReport(adjoint.name)
     if records and any(t.requires_grad for t in sources):
         adjoint.check(method, keep_iterates=keep_iterates)
@@ -157,6 +163,29 @@ def minimize_energy(
         num_rows=problem.num_rows,
         report=report,
     )
+
+
+def _check_kinds(energy: object, method: object, domain: object, adjoint: object) -> None:
+    if in_transform():
+        raise RuntimeError(
+            "minimize_energy was called inside of a transform of torch.func, such as vmap or grad: "
+            "give it the whole batch, and differentiate the result with backward or "
+            "torch.autograd.grad."
+        )
+    if not callable(energy):
+        raise TypeError(
+            f"energy is a {type(energy).__name__}; expected a function E(x, y) -> (batch,)."
+        )
+    for name, value, kind, example in (
+        ("method", method, Method, "GradientDescent(0.1)"),
+        ("domain", domain, Domain, "Box()"),
+        ("adjoint", adjoint, Adjoint, "Implicit(), or its word, 'implicit'"),
+    ):
+        if not isinstance(value, kind):
+            given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+            raise TypeError(
+                f"{name} is {given}; expected an object of {kind.__name__}, such as {example}."
+            )
 
 
 def _check_y(y0: Any) -> None:

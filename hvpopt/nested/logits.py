@@ -4,6 +4,7 @@ Steps need no projection. A linear energy has no minimiser in u, whose logits gr
 entropy keeps them finite, and belongs to the energy (E = −bᵀy − H(y) has the minimiser σ(b)).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,9 @@ class LogitDomain(Domain):
         g = g if self.width == 1.0 else self.width * g
         return g + self.entropy_weight * u if self.entropy_weight else g
 
+    @abstractmethod
     def spread(self, y: Tensor, v: Tensor) -> Tensor:
         """∂t/∂u v, a symmetric map."""
-        raise NotImplementedError
 
     def pull(self, u: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """∂t/∂u applied to the gradient by t."""
@@ -70,6 +71,11 @@ class Logits(Interval, LogitDomain):
                 f"{float(y.max()):.6g}, and on the bounds logits are infinite; start from "
                 "domain.center(...), or clamp it to a margin."
             )
+
+    def inside(self, y: Tensor) -> Tensor:
+        """Away from the bounds, where a sigmoid's output ends that has saturated."""
+        margin = torch.finfo(y.dtype).eps * max(self.width, abs(self.low), abs(self.high))
+        return y.clamp(self.low + margin, self.high - margin)
 
     @property
     def width(self) -> float:
@@ -117,6 +123,10 @@ class SoftmaxLogits(Distributions, LogitDomain):
                 f"y0 has {int((y <= 0).sum())} entries that are zero, whose logits are infinite: "
                 "start from domain.center(...), or mix it with the uniform distribution."
             )
+
+    def inside(self, y: Tensor) -> Tensor:
+        """Away from zero, where a softmax's output ends that has saturated."""
+        return y.clamp(min=torch.finfo(y.dtype).tiny)
 
     def coordinates(self, y: Tensor) -> Tensor:
         """log y."""

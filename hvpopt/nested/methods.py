@@ -10,6 +10,7 @@ G = ∂F/∂u (`hvpopt.nested.domains`) the step lengths α may differ from exam
 Everything here is differentiable, element by element; what is expensive, g, comes from outside.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """What `minimize_energy` asks of a method; the common part of their options."""
 
     step_size: float | Tensor = 0.1
@@ -97,11 +98,11 @@ class Method:
             return of_step[0]
         return of_step if rows is None else of_step[rows]
 
+    @abstractmethod
     def advance(
         self, domain: Domain, state: State, y: Tensor, g: Tensor, alpha: float | Tensor
     ) -> State:
         """The state after a step; differentiable by all tensors."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

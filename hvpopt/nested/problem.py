@@ -17,7 +17,14 @@ from torch.utils import _pytree as pytree
 
 from hvpopt.engines.base import reverse, unit_cotangent
 from hvpopt.engines.support import differentiable_kernels, graph_nodes
-from hvpopt.nested.energy import Energy, Once, check_energies, kinked_nodes, relu_like
+from hvpopt.nested.energy import (
+    Energy,
+    Once,
+    check_energies,
+    check_rows,
+    kinked_nodes,
+    relu_like,
+)
 from hvpopt.nested.surroundings import (
     Watch,
     batch_norms,
@@ -30,7 +37,7 @@ from hvpopt.products.surroundings import ordinary_args, rewinder
 
 Kind = Literal["values", "leaves", "attached"]
 
-_warned_of_kinks = Once()
+_warned_of_kinks, _looked_at_rows = Once(), Once()
 
 
 class InnerProblem:
@@ -50,8 +57,9 @@ class InnerProblem:
 
     Raises:
         TypeError: If the energy returns no tensor of floating point.
-        ValueError: If it does not return (batch,), does not depend on y, x has other batch sizes,
-            or a batch norm has no running statistics.
+        ValueError: If it does not return (batch,), does not depend on y, an example's energy
+            depends on others, x has other batch sizes, or a batch norm has no running statistics.
+            Whether it depends on others is looked at once for each energy.
     """
 
     def __init__(self, energy: Energy, x: Any, y: Tensor, *, allows_captured: bool) -> None:
@@ -120,6 +128,8 @@ class InnerProblem:
             self.theta += [
                 p for p in self.energy.parameters() if p.requires_grad and id(p) not in known
             ]
+        if _looked_at_rows(self.theta[0] if self.theta else self.energy):  # wrappers come and go
+            check_rows(energies, y)
         self._warn_of_kinks(energies)
 
     def _warn_of_kinks(self, energies: Tensor) -> None:

@@ -34,11 +34,17 @@ def read(operator: ListOperator | Operator, like: Sequence[Tensor] | None) -> Li
     """A symmetric operator, from one or from a product v ↦ A v on lists shaped like ``like``.
 
     Raises:
-        TypeError: If a product comes without ``like``, ``operator`` is neither, or ``like`` holds
-            tensors that are not real floating point.
+        TypeError: If a product comes without ``like``, ``operator`` is neither, or ``like`` is no
+            list of real floating-point tensors.
         ValueError: If ``like`` is empty or does not fit the operator, or the operator is not
             symmetric.
     """
+    if like is not None and not _is_list_of_tensors(like):
+        given = repr(like) if isinstance(like, int | float | str) else f"a {type(like).__name__}"
+        raise TypeError(
+            f"like is {given}; expected a list of tensors, such as list(net.parameters()). Options "
+            "come by name."
+        )
     if _knows_its_vectors(operator):
         shapes = [tuple(x.shape) for x in operator.like]
         if like is not None and [tuple(x.shape) for x in like] != shapes:
@@ -60,6 +66,10 @@ def read(operator: ListOperator | Operator, like: Sequence[Tensor] | None) -> Li
             "parameters, or a LinearOperator."
         )
     return _OneByOne(operator, like)
+
+
+def _is_list_of_tensors(like: object) -> bool:
+    return isinstance(like, list | tuple) and all(isinstance(x, Tensor) for x in like)
 
 
 def _knows_its_vectors(operator: Any) -> TypeGuard[ListOperator]:

@@ -207,7 +207,7 @@ def test_what_does_not_go_together_is_named(options, message):
 
 
 def test_an_adjoint_of_another_type_is_named():
-    with pytest.raises(TypeError, match=r"adjoint is a float; expected an Adjoint or its word"):
+    with pytest.raises(TypeError, match=r"adjoint is 0.5; expected an object of Adjoint, such"):
         minimize_energy(square, None, Y, adjoint=0.5)
 
 

@@ -129,9 +129,12 @@ class CurvatureMonitor(Monitor):
 
         Raises:
             ValueError: for a module under manual optimization, or whose ``training_step`` reads
-                its batches itself, without a loss of the monitor's own.
+                its batches itself, without a loss of the monitor's own; for validation batches as
+                the probe of a fit without validation.
         """
         self._probe.check(pl_module)
+        if stage == "fit":
+            self._probe.check_source(trainer)
         self._forget()
 
     def _forget(self) -> None:

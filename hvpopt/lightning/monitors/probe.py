@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hvpopt.engines.choice import EngineName
+from hvpopt.engines.choice import EngineChoice, EngineName
 from hvpopt.lightning.monitors.portable import is_portable, size_in_bytes
 from hvpopt.operators import CurvatureOperator, GGNOperator, HessianOperator
 from hvpopt.operators.data import Batches
@@ -49,7 +49,8 @@ class Probe:
         seed: of the random numbers in the loss.
 
     Raises:
-        ValueError: for an unknown curvature or probe.
+        ValueError: for an unknown curvature, probe or engine.
+        TypeError: for a loss that is no function.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class Probe:
             raise ValueError(f"curvature={curvature!r} is unknown: choose 'hessian' or 'ggn'.")
         if isinstance(probe, str) and probe != "val":
             raise ValueError(f"probe={probe!r} is unknown: give 'val', a batch, or a loader.")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss={loss!r}; expected a function of module and batch.")
+        EngineChoice(engine)  # refuses an unknown word here, and not during training
         self._source, self._num_batches = probe, num_batches
         self._curvature, self._engine, self._loss = curvature, engine, loss
         self._seed = seed
@@ -94,6 +98,19 @@ class Probe:
             raise ValueError(
                 f"CurvatureMonitor evaluates {name}.training_step on a probe batch, but that takes "
                 f"its batches from a dataloader_iter: give it a loss and a probe, {remedy}."
+            )
+
+    def check_source(self, trainer: L.Trainer) -> None:
+        """Refuses to wait for validation batches that never come.
+
+        Raises:
+            ValueError: for ``probe="val"`` in a fit without validation.
+        """
+        if isinstance(self._source, str) and not trainer.enable_validation:
+            raise ValueError(
+                "CurvatureMonitor(probe='val') measures on the first validation batches, and this "
+                "fit has no validation: give it a loader or a batch, or give the fit validation "
+                "data and the module a validation_step."
             )
 
     def offer(self, batch: Any, batch_idx: int) -> None:

@@ -1,5 +1,6 @@
 """What every way to differentiate through an inference shares."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -62,7 +63,7 @@ Pullback = Callable[[Tensor, Tensor | None], Gradients]
 
 
 @dataclass(frozen=True)
-class Adjoint:
+class Adjoint(ABC):
     """What `minimize_energy` asks of a way to differentiate."""
 
     name: ClassVar[str]
@@ -86,9 +87,9 @@ class Adjoint:
                 "last iterate alone: choose 'unrolled', 'checkpointed' or 'back_optimization'."
             )
 
+    @abstractmethod
     def solve(self, run: Run, report: AdjointReport) -> Descent:
         """The descent, its y and iterates in autograd's graph."""
-        raise NotImplementedError
 
 
 def attached(run: Run, descent: Descent, name: str, pullback: Pullback) -> Descent:

@@ -10,6 +10,7 @@ is another gradient than that of the steps wherever these have not arrived.
 
 import logging
 import warnings
+from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
@@ -94,9 +95,9 @@ class AtSolution(Adjoint):
 
         return attached(run, descent, self.name, pullback)
 
+    @abstractmethod
     def inverse(self, system: System) -> Tensor:
         """v with H v ≈ b, both (k, n)."""
-        raise NotImplementedError
 
     def _warn(self, run: Run, descent: Descent) -> None:
         fine = descent.status != InferenceStatus.DIVERGED.code

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvpopt.nested.adjoints import Adjoint
-from hvpopt.nested.domains import Box, Domain
+from hvpopt.nested.domains import Box, Domain, Interval
 from hvpopt.nested.energies.base import EncodedEnergy
 from hvpopt.nested.energy import Energy
 from hvpopt.nested.inference import AdjointName, Inference, minimize_energy
@@ -65,11 +65,12 @@ class Minimizer:
         domain: where y lives, and as what it is varied.
         adjoint: how gradients pass through, an adjoint or its name.
         start: "center" of the domain, "initial", the energy's own first guess, or a number for
-            every entry of y.
+            every entry of y. A first guess that rounding has put on a bound is moved off it where
+            y is varied as logits, as in mirror descent.
         max_diverged: the fraction of a batch that may diverge before that is an error.
 
     Raises:
-        ValueError: for an unknown `start`.
+        ValueError: for an unknown `start`, or one outside of a domain with bounds.
     """
 
     method: Method = field(default_factory=lambda: MirrorDescent(step_size=0.3))
@@ -84,6 +85,9 @@ class Minimizer:
             raise ValueError(
                 f"start={self.start!r} is unknown; expected 'center', 'initial' or a number."
             )
+        if is_number and isinstance(self.domain, Interval):
+            entry = torch.full((1, 1), float(self.start), dtype=torch.float64)
+            self.method.coordinates(self.domain).check(entry)
 
     def __call__(
         self,
@@ -115,7 +119,7 @@ class Minimizer:
     def start_from(self, initial: Tensor) -> Tensor:
         """Where inference starts, given the energy's first guess."""
         if self.start == "initial":
-            return initial
+            return self.method.coordinates(self.domain).inside(initial)
         if self.start == "center":
             return self.domain.center(initial.shape, dtype=initial.dtype, device=initial.device)
         return torch.full_like(initial, float(self.start))
