@@ -37,6 +37,7 @@ class Phase:
 
     Raises:
         ValueError: for an argument out of range.
+        TypeError: for a loss that is none.
     """
 
     loss: Loss
@@ -46,6 +47,10 @@ class Phase:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.loss) or not hasattr(self.loss, "needs_inference"):
+            raise TypeError(
+                f"loss={self.loss!r}; expected a loss of hvpopt.nested.losses, such as EndToEnd()."
+            )
         if self.epochs is not None:
             check_count("epochs", self.epochs)
         if self.trains not in ("all", "encoder", "head"):
@@ -62,11 +67,15 @@ def checked_phases(phases: Mapping[str, Phase | None]) -> dict[str, Phase]:
     """The phases that are not None, in order.
 
     Raises:
+        TypeError: if one is no Phase.
         ValueError: if there is none, or one before the last has no number of epochs.
     """
     chosen = {name: phase for name, phase in phases.items() if phase is not None}
     if not chosen:
         raise ValueError("phases is empty; expected at least one phase of training.")
+    for name, phase in chosen.items():
+        if not isinstance(phase, Phase):
+            raise TypeError(f"phases.{name} is a {type(phase).__name__}; expected a Phase.")
     for name in list(chosen)[:-1]:
         if chosen[name].epochs is None:
             raise ValueError(

@@ -126,8 +126,15 @@ class SPENModule(lightning.LightningModule):
     # --- training
 
     def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
-        """The phase's loss of a batch."""
+        """The phase's loss of a batch.
+
+        Raises:
+            TypeError: if the epoch's first targets are not floating point.
+            ValueError: if they lie outside of the minimizer's domain.
+        """
         x, target = batch
+        if batch_idx == 0 and self.minimizer is not None:
+            self.minimizer.check_target(target)
         value = self.phase.loss(self.energy, x, target, self.minimizer, step=self._step())  # type: ignore[arg-type]
         self.log("train/loss", value.loss, prog_bar=True)
         self.log_dict({f"train/{name}": figure for name, figure in value.figures.items()})

@@ -131,7 +131,8 @@ def minimize_energy(
     domain.check(y0.detach())
     method.check(domain, len(y0))
     coordinates = method.coordinates(domain)
-    coordinates.check(y0.detach())
+    if coordinates is not domain:  # a start on its bounds has no logits
+        coordinates.check(y0.detach())
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     if y0.is_inference():
         with torch.inference_mode(False):

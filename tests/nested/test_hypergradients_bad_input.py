@@ -20,6 +20,12 @@ ONE = torch.ones(2)
         ({"outer_loss": lambda w, h: w}, {}, ValueError, r"outer_loss returned .* \(2,\)"),
         ({"outer_loss": lambda w, h: 1.0}, {}, TypeError, "outer_loss returned a float"),
         (
+            {"outer_loss": lambda w, h: w.detach().sum()},
+            {},
+            ValueError,
+            "outer_loss depends neither on params nor on hparams",
+        ),
+        (
             {"outer_loss": lambda w, h: (w - 2).log().sum()},
             {},
             ValueError,

@@ -116,6 +116,28 @@ class Minimizer:
             max_diverged=self.max_diverged,
         )
 
+    def check_target(self, target: Tensor) -> None:
+        """Lets right outputs pass that inference may find.
+
+        Raises:
+            TypeError: for outputs that are not floating point.
+            ValueError: for entries beyond the domain's bounds.
+        """
+        if not target.is_floating_point():
+            raise TypeError(
+                f"target is {target.dtype}; expected floating point, such as target.float()."
+            )
+        domain = self.domain
+        if not isinstance(domain, Interval):
+            return
+        outside = int((~((target >= domain.low) & (target <= domain.high))).sum())
+        if outside:
+            raise ValueError(
+                f"target lies outside of the minimizer's domain {domain}: {outside} of "
+                f"{target.numel()} entries, which range from {float(target.min()):.6g} to "
+                f"{float(target.max()):.6g}; scale the targets, or choose another domain."
+            )
+
     def start_from(self, initial: Tensor) -> Tensor:
         """Where inference starts, given the energy's first guess."""
         if self.start == "initial":

@@ -15,14 +15,29 @@ TaskLossName = Literal["squared", "log", "soft_f1"]
 _SMALLEST = 1e-6
 
 
+def _check_shapes(y: Tensor, target: Tensor) -> None:
+    """Lets targets pass that are shaped like y: others would be broadcast.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if y.shape != target.shape:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} for outputs y of shape {tuple(y.shape)}: "
+            "expected the same; the energy's first guess gives the outputs' shape."
+        )
+
+
 def squared_loss(y: Tensor, target: Tensor) -> Tensor:
     """‖y − y*‖² of each example, `[B]`."""
+    _check_shapes(y, target)
     return (y - target).square().flatten(1).sum(1)
 
 
 def log_loss(y: Tensor, target: Tensor) -> Tensor:
     """−Σ y* log y + (1 − y*) log(1 − y) of each example, `[B]`, with y kept 1e-6 away from 0 and 1,
     so that a wrong corner costs 13.8 and not infinity."""
+    _check_shapes(y, target)
     y = y.clamp(_SMALLEST, 1 - _SMALLEST)
     return -(target * y.log() + (1 - target) * torch.log1p(-y)).flatten(1).sum(1)
 
@@ -31,6 +46,7 @@ def soft_f1(y: Tensor, target: Tensor) -> Tensor:
     """2 Σ min(y, y*) / Σ (y + y*) of each example, `[B]`: the F1 score for labels of 0 and 1, with
     the relaxation of Gygli, Norouzi and Angelova (2017, ICML) between them. 1 where
     both are all zero."""
+    _check_shapes(y, target)
     y, target = y.flatten(1), target.flatten(1)
     total = (y + target).sum(1)
     overlap = 2 * torch.minimum(y, target).sum(1)
