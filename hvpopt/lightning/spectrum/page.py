@@ -26,10 +26,10 @@ h2 { font-size: 19px; margin: 0 0 4px; }
 p { margin: 4px 0 12px; } .soft { color: var(--soft); }
 section { background: white; border: 1px solid var(--line); border-radius: 10px;
   padding: 20px 24px; margin-top: 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px;
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
   margin-top: 20px; }
 .card { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
-.card b { display: block; font-size: 20px; font-weight: 600; white-space: nowrap;
+.card b { display: block; font-size: 18px; font-weight: 600; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; }
