@@ -117,7 +117,10 @@ def test_the_residual_of_an_implicit_adjoint_is_logged(tmp_path):
 
 
 def test_another_logger_gets_no_picture(tmp_path):
-    trainer(tmp_path, 1, logger=CSVLogger(tmp_path)).fit(network(JOINT), datamodule=blocks())
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(tmp_path, 1, logger=logger).fit(network(JOINT), datamodule=blocks())
+    assert "inference/steps" in (tmp_path / "metrics.csv").read_text()
+    assert list(tmp_path.rglob("events.*")) == []
 
 
 def test_the_test_rows_are_scored_at_the_best_checkpoints_threshold(tmp_path):
