@@ -14,6 +14,8 @@ from hvpopt import trees
 from hvpopt.closure import ClosureOracle, NoBackwardError
 from hvpopt.engines.choice import EngineChoice, EngineName
 from hvpopt.engines.ranks import check_not_sharded
+from hvpopt.optim.checks import check_group_options
+from hvpopt.optim.closures import is_automatic, is_missing, leaves_backward_out
 from hvpopt.optim.report import Outcome, StepReport
 from hvpopt.options import check_count
 from hvpopt.trees import TensorList
@@ -23,10 +25,18 @@ logger = logging.getLogger("hvpopt")
 NO_CLOSURE = (
     "{name}.step() was called without a closure, but computes its products from one. Under "
     "Lightning's precision='16-mixed' the closure never reaches the optimizer: use 'bf16-mixed' "
-    "or '32-true'. In a loop of your own call optimizer.step(closure), where closure computes the "
-    "loss, clears the gradients, calls backward() and returns the loss."
+    "or '32-true'. Under manual optimization, and in a loop of your own, call "
+    "optimizer.step(closure=closure), where closure computes the loss, clears the gradients, calls "
+    "backward() and returns the loss."
 )
 
+NOT_CALLABLE = (
+    "{name}.step() was called with a {given}, where the closure itself is expected: "
+    "optimizer.step(closure), neither optimizer.step(closure()) nor optimizer.step(loss)."
+)
+
+
+SKIPPED = StepReport(outcome=Outcome.SKIPPED, loss=math.nan, num_closure_runs=1)
 
 _FLAGS = ("maximize", "foreach", "fused", "capturable", "differentiable", "momentum", "nesterov")
 
@@ -72,10 +82,11 @@ class ClosureOptimizer(Optimizer):
         """Adds a group, after its options and parameters are checked.
 
         Raises:
-            ValueError: for an option out of range.
+            ValueError: for an option out of range, misspelt, or that is not a group's.
             TypeError: for parameters that are complex, integer, or sparse.
             ShardedModuleError: for parameters that FSDP has sharded.
         """
+        check_group_options(type(self), param_group, self.defaults)
         self._check_group({**self.defaults, **param_group})
         for flag in _FLAGS:
             if param_group.get(flag):
@@ -111,16 +122,24 @@ class ClosureOptimizer(Optimizer):
                 the loss; see `hvpopt.closure`.
 
         Raises:
-            TypeError: without a closure.
+            TypeError: without a closure, or for what is none.
             NoBackwardError: if the closure returns a loss without calling ``backward()``.
             FloatingPointError: after ``max_consecutive_failures`` failed steps in a row.
             RuntimeError: if no parameter requires a gradient, or none gets one.
         """
-        if closure is None:
+        if is_missing(closure):
             raise TypeError(NO_CLOSURE.format(name=type(self).__name__))
+        if not callable(closure):
+            name, given = type(self).__name__, type(closure).__name__
+            raise TypeError(NOT_CALLABLE.format(name=name, given=given))
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not params:
             raise RuntimeError("No parameter of the optimizer requires a gradient.")
+        if leaves_backward_out(closure):
+            with torch.enable_grad():
+                returned = closure()
+            self._account(SKIPPED, may_skip=True)
+            return _detached(returned)
         start = trees.clone(params)
         undo = self._undoing(params, start)
         with ClosureOracle(closure, params, engine=self._choice) as oracle:
@@ -139,9 +158,8 @@ class ClosureOptimizer(Optimizer):
                     self.last_report = report
                     raise
         torch.autograd.graph.increment_version(params)
-        self._account(report)
-        returned = oracle.returned
-        return returned.detach() if isinstance(returned, Tensor) else returned
+        self._account(report, may_skip=is_automatic(closure))
+        return _detached(oracle.returned)
 
     def _undoing(self, params: TensorList, start: TensorList) -> Callable[[], None]:
         """What puts parameters, state and options back to where they are now.
@@ -161,11 +179,13 @@ class ClosureOptimizer(Optimizer):
 
         return undo
 
-    def _account(self, report: StepReport) -> None:
+    def _account(self, report: StepReport, *, may_skip: bool) -> None:
         self.last_report = report
         self.num_steps += 1
         self.num_products += report.num_products
         self.num_closure_runs += report.num_closure_runs
+        if report.outcome is Outcome.SKIPPED and may_skip:
+            return
         self._num_failures = self._num_failures + 1 if report.outcome.failed else 0
         if self._num_failures >= self._max_failures:
             raise FloatingPointError(
@@ -216,6 +236,10 @@ class ClosureOptimizer(Optimizer):
     def _per_parameter(self, option: str) -> list[Any]:
         """A group option for each parameter that requires a gradient."""
         return [g[option] for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+
+def _detached(returned: Any) -> Any:
+    return returned.detach() if isinstance(returned, Tensor) else returned
 
 
 def _check_parameter(name: str, p: Tensor, optimizer: str) -> None:

@@ -23,10 +23,14 @@ def first_damping(
 
     Args:
         objective: at the parameters, where it is left.
-        lr: of each parameter.
+        lr: of each parameter; smaller ones than 1, of a warm-up say, are scaled up, so that the
+            model is asked about steps of its own length.
         model_of: λ ↦ the model with it.
         minimized: a model ↦ its solution.
     """
+
+    longest = max(lr)
+    lr = [each / longest for each in lr] if 0 < longest < 1 else lr if longest else [1.0] * len(lr)
 
     def ratio(damping: float) -> float:
         model = model_of(damping)

@@ -83,7 +83,7 @@ def damping_after(
     Args:
         damping: λ, in the units of the curvature.
         ratio: ρ of this step, on its own batch.
-        slope_ratio: s of the last step, as in `balanced_scale`.
+        slope_ratio: s, as in `balanced_scale`.
         num_batches: k, so far.
         factor: 1 keeps λ.
         least: what λ falls to on other batches.
@@ -136,33 +136,44 @@ def balanced_radius(
 
 
 def balanced_scale(
-    scale: float, slope_ratio: float, num_batches: int, *, gain: float = 0.1
+    scale: float,
+    slope_ratio: float,
+    num_batches: int,
+    *,
+    gain: float = 0.1,
+    overshoot: float = 0.02,
 ) -> float:
     """What steps are multiplied by after a new batch, from its slope at the end of the last step.
 
-        α ← α · 2^c,    c = γ s  within [−2, γ],    γ = max(gain, 1/√(1 + k)),    α ≤ 1,
+        α ← α · 2^c,    c = γ (s + τ) within [−2, γ],    γ = max(gain, 1/√(1 + k)),    α ≤ 1,
 
-    with s = g′ᵀp / gᵀp as in `balanced_radius`, and k the batches so far. On the average s is zero
-    where p ends at the minimum of the expected loss along it, so α settles where noise and progress
-    balance: near 1 while batches agree, towards 0 where the gradient is mostly noise. The length
-    is the right thing to adapt. With λ small all directions contract at one rate, which one number
-    can balance against the noise. A larger λ would shorten the steps in the directions of little
-    curvature alone, where they have the longest way to go, for the next batch's sake (the
-    short-horizon bias of Wu et al., ICLR 2018). NaN leaves α.
+    with s = g′ᵀp over the average gᵀp of the last steps, see `balanced_radius`, and k the batches
+    so far. On the average s is zero where p ends at the minimum of the expected loss along it, so
+    α settles where noise and progress balance: near 1 while batches agree, small where the gradient
+    is mostly noise. That is the best end of one step alone, and too short for the many: along the
+    directions of little curvature there is further to go (the short-horizon bias of Wu et al.,
+    ICLR 2018). So steps may go too far by a share τ of their slope.
+
+    The length is the right thing to adapt. With λ small all directions contract at one rate, which
+    one number can balance against the noise. A larger λ would shorten the steps in the directions
+    of little curvature alone. NaN leaves α.
 
     Args:
         scale: α, at first 1.
         slope_ratio: s.
         num_batches: k.
         gain: of late batches; 0 keeps α.
+        overshoot: τ, about what the noise may cost of a batch's decrease.
 
     Source: hypergradient descent (Baydin et al., ICLR 2018).
 
     Examples:
-        >>> balanced_scale(0.5, 0.0, 10), balanced_scale(1.0, -1.0, 0), balanced_scale(1.0, 1.0, 0)
-        (0.5, 0.5, 1.0)
+        >>> balanced_scale(0.5, -0.02, 10), balanced_scale(1.0, -1.02, 0)
+        (0.5, 0.5)
+        >>> balanced_scale(1.0, 1.0, 0)
+        1.0
     """
     if math.isnan(slope_ratio) or gain == 0:
         return scale
     pace = max(gain, 1 / math.sqrt(1 + num_batches))
-    return min(scale * 2.0 ** min(max(pace * slope_ratio, -2.0), pace), 1.0)
+    return min(scale * 2.0 ** min(max(pace * (slope_ratio + overshoot), -2.0), pace), 1.0)

@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor
 
 from hvpopt import trees
 from hvpopt.closure import ClosureOracle
+from hvpopt.closure.runs import NO_LOSS
 from hvpopt.engines.choice import EngineName
 from hvpopt.optim.base import ClosureOptimizer
+from hvpopt.optim.checks import check_seed
 from hvpopt.optim.probes import seed_of_step
 from hvpopt.optim.report import Outcome, StepReport
 from hvpopt.options import check_count, check_range
@@ -89,9 +90,7 @@ class DiagonalOptimizer(ClosureOptimizer):
         max_consecutive_failures: int,
     ) -> None:
         self._update_every = check_count("update_every", update_every)
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ValueError(f"seed={seed!r}: expected a whole number.")
-        self._seed: int = int(seed)
+        self._seed = check_seed(seed)
         super().__init__(
             params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures
         )
@@ -136,6 +135,8 @@ class DiagonalOptimizer(ClosureOptimizer):
         if is_due:
             seed = seed_of_step(self._seed, num_updates)
             loss, diagonals = self._estimate(oracle, params, seed)
+            if self._update_every > 1:
+                _check_returned(oracle.returned)
         else:
             loss, _ = oracle.gradient(alone=True)
         self._check_gradients(oracle, params)
@@ -173,6 +174,12 @@ class DiagonalOptimizer(ClosureOptimizer):
             num_products=oracle.num_products,
             **figures,
         )
+
+
+def _check_returned(loss: object) -> None:
+    """Asks for the loss, which the steps without an estimate have from nowhere else."""
+    if not isinstance(loss, (Tensor, float, int)):
+        raise TypeError(NO_LOSS.format(given=type(loss).__name__))
 
 
 def _failure(

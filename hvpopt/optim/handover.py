@@ -12,6 +12,8 @@ from torch.optim import LBFGS, Optimizer
 
 from hvpopt.closure import ClosureOracle
 from hvpopt.engines.ranks import Ranks
+from hvpopt.optim.base import NO_CLOSURE, ClosureOptimizer
+from hvpopt.optim.closures import is_missing
 from hvpopt.optim.report import StepReport
 from hvpopt.optim.stages import Position, Stage, checked_stages
 
@@ -89,19 +91,15 @@ class Handover(Optimizer):
         """Makes a step of the current stage's optimizer and returns what that returns.
 
         Raises:
-            TypeError: without a closure, where the stage looks at the loss.
+            TypeError: without a closure, where this stage looks at the loss, or one that is still
+                to come needs products.
         """
         if self._position.is_over(self._stage):
             self._hand_over()
         self._share()
+        if is_missing(closure):
+            self._check_goes_without_closure()
         stage, tolerance = self._stage, self._stage.stall_tolerance
-        if closure is None and tolerance is not None:
-            raise TypeError(
-                f"Handover.step() was called without a closure, but the stage "
-                f"{_name(self.optimizer)} ends when its loss stalls: call step(closure), or give "
-                "the stage steps= in place of stall_tolerance=. Under Lightning's "
-                "precision='16-mixed' the closure never reaches the optimizer."
-            )
         try:
             loss = self.optimizer.step(closure)
         finally:
@@ -111,6 +109,19 @@ class Handover(Optimizer):
             average = partial(self._mean_over_ranks, closure)
             self._position.watch(loss, stage.stall_window, tolerance, average)
         return loss
+
+    def _check_goes_without_closure(self) -> None:
+        """Refuses at the first step what would end the training at a later stage."""
+        for optimizer in self._optimizers[self._position.stage :]:
+            if isinstance(optimizer, ClosureOptimizer):
+                raise TypeError(NO_CLOSURE.format(name=_name(optimizer)))
+        if self._stage.stall_tolerance is not None:
+            raise TypeError(
+                f"Handover.step() was called without a closure, but the stage "
+                f"{_name(self.optimizer)} ends when its loss stalls: call step(closure), or give "
+                "the stage steps= in place of stall_tolerance=. Under Lightning's "
+                "precision='16-mixed' the closure never reaches the optimizer."
+            )
 
     @property
     def _stage(self) -> Stage:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hvpopt import trees
 from hvpopt.optim.damping import reduction_ratio
-from hvpopt.optim.line_search import LineSearchResult
+from hvpopt.optim.line_search import LineSearchResult, armijo
 from hvpopt.optim.objective import Objective
 from hvpopt.solvers.cg import cg
 from hvpopt.solvers.result import Iterate, Solution
@@ -164,6 +164,40 @@ def _length_across(objective: Objective, solution: Solution, d: TensorList) -> f
     curved = abs(solution.min_curvature) * size**2
     longest = max(1.0, objective.start_norm) / size
     return min(slope / curved, longest) if curved > 0 else longest
+
+
+def descended(
+    objective: Objective,
+    best: Trial,
+    *,
+    sufficient_decrease: float,
+    factor: float,
+    max_evaluations: int,
+) -> LineSearchResult:
+    """Backtracks from a trial step, where the parameters are, until F has decreased enough.
+
+    Where it never does, or the step does not go downhill, the parameters are those at the start.
+
+    Args:
+        objective: F.
+        best: the trial step.
+        sufficient_decrease, factor, max_evaluations: as of `armijo`.
+    """
+    search = LineSearchResult(0.0, objective.value, math.inf, 0)
+    if best.slope < 0:
+        search = armijo(
+            lambda t: objective.move(best.update, t),
+            objective.value,
+            best.slope,
+            sufficient_decrease=sufficient_decrease,
+            factor=factor,
+            max_evaluations=max_evaluations,
+            noise=objective.noise,
+            first_value=best.value,
+        )
+    if search.step == 0:
+        objective.restore()
+    return search
 
 
 def ratio_of(

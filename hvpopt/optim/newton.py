@@ -15,11 +15,11 @@ from hvpopt.closure import ClosureOracle
 from hvpopt.closure.rows import Rows
 from hvpopt.engines.blame import UnsupportedOperationError
 from hvpopt.engines.choice import EngineName
-from hvpopt.engines.split import Curvature, curvature_name
+from hvpopt.engines.split import Curvature
 from hvpopt.likelihoods import NoLikelihoodError
 from hvpopt.linearization import LinearizedClosure
 from hvpopt.optim.base import ClosureOptimizer, logger
-from hvpopt.optim.checks import check_flag
+from hvpopt.optim.checks import check_flag, check_seed
 from hvpopt.optim.debiasing import halves_of
 from hvpopt.optim.model import Precondition
 from hvpopt.optim.objective import Objective, clipping
@@ -78,11 +78,11 @@ class NewtonOptimizer(ClosureOptimizer):
         curvature_fraction: float = 1.0,
         debiased: bool = False,
     ) -> None:
-        if curvature_name(curvature) not in ("ggn", "hessian"):
+        if curvature not in ("ggn", "hessian"):
             raise ValueError(f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'.")
         self._may_go_without = preconditioner == "auto"
         if preconditioner == "auto":
-            preconditioner = Kronecker() if curvature_name(curvature) == "ggn" else None
+            preconditioner = Kronecker() if curvature == "ggn" else None
         if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
             is_class = isinstance(preconditioner, type)
             kind = preconditioner.__name__ if is_class else type(preconditioner).__name__
@@ -96,7 +96,7 @@ class NewtonOptimizer(ClosureOptimizer):
         self._is_decoupled = check_flag("decoupled_weight_decay", decoupled_weight_decay)
         self._fraction = check_range("curvature_fraction", curvature_fraction, 1e-6, 1.0)
         self._is_debiased = check_flag("debiased", debiased)
-        if self._fraction < 1 and curvature_name(curvature) != "ggn":
+        if self._fraction < 1 and curvature != "ggn":
             raise ValueError(
                 f"curvature_fraction={curvature_fraction} takes rows of the network's outputs, "
                 "which the GGN has, and the Hessian has not: choose curvature='ggn'."
@@ -106,7 +106,7 @@ class NewtonOptimizer(ClosureOptimizer):
                 "debiased=True takes the direction from one part of the batch and its length from "
                 "the rest: choose curvature_fraction below 1, such as 0.5."
             )
-        self._seed = seed
+        self._seed = check_seed(seed)
         self._said: set[str] = set()
         super().__init__(
             params, defaults, engine=engine, max_consecutive_failures=max_consecutive_failures

@@ -11,10 +11,8 @@ from hvpopt.engines.split import Curvature
 from hvpopt.optim.calibration import first_damping
 from hvpopt.optim.checks import check_stop, failure_of
 from hvpopt.optim.debiasing import relengthened
-from hvpopt.optim.line_search import LineSearchResult, armijo
-from hvpopt.optim.model import DampedModel, Trial, best_trial, ratio_of, tensors
+from hvpopt.optim.model import DampedModel, best_trial, descended, ratio_of, tensors
 from hvpopt.optim.newton import NewtonOptimizer
-from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import NewtonCGReport, Outcome
 from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
@@ -34,13 +32,19 @@ class NewtonCG(NewtonOptimizer):
     sufficiently, and adapts λ to how well the model without λ predicts decreases. A step that no
     length makes a decrease is rejected: the parameters stay exactly as they were and λ grows.
 
+    Where B + λ I has a direction of negative curvature, CG stops at it, and it is taken in place of
+    CG's iterate if F is lower there, at |gᵀd| over its curvature, whatever F's scale. It is not the
+    capped CG of `hvpopt.minimize`: the bound on the number of steps that this buys holds for one F
+    and a fixed λ, and here it would cost the warm start and the earlier iterates.
+
     On mini-batches a model's agreement with the batch that it was made from says little of the
     rest of the data. Where a step finds another loss than the last one left, the batch has
     changed, and p = α lr·d with an α that follows the slope of the new batch's loss along the last
     step, at its end: it shrinks where that step went too far and grows, up to 1, where it stopped
-    short, on the average over batches (`hvpopt.optim.damping.balanced_scale`). Then λ is only to
-    keep the model true: it grows faster, and falls slower, to a small part of the first at the
-    least (`hvpopt.optim.damping.damping_after`).
+    short, on the average over batches (`hvpopt.optim.damping.balanced_scale`). A direction that is
+    more than twice as long as the last ones were is cut to that. λ is then only to keep the model
+    true: it grows faster, and falls slower, to a small part of the first at the least
+    (`hvpopt.optim.damping.damping_after`).
 
     Where ``p.grad`` is not the gradient of the loss that the closure computes (accumulated
     micro-batches, clipping), F is that loss plus the linear term that gives it the gradient
@@ -62,7 +66,8 @@ class NewtonCG(NewtonOptimizer):
             none otherwise.
         max_cg_steps: at most so many products a step.
         cg_stop: when CG has done enough, on the gradient scaled to unit length, or a forcing term;
-            by default `Worthwhile` with a preconditioner, else Martens' `RelativeProgress`.
+            by default `Worthwhile` with a preconditioner and on mini-batches, whose noise is not
+            worth an accurate solution, else Martens' `RelativeProgress`.
         cg_backtracking: whether earlier iterates of CG are tried, too.
         warm_start: CG starts from this multiple of the last step's solution; by default 0.95, or
             0 with a preconditioner.
@@ -158,6 +163,8 @@ class NewtonCG(NewtonOptimizer):
         """Sets what was not given to what suits CG without or with a preconditioner."""
         usual_stop = RelativeProgress() if plain else Worthwhile()
         self._cg_stop = usual_stop if self._given[0] is None else check_stop(self._given[0])
+        late_stop = Worthwhile(overhead=12.0) if plain else usual_stop
+        self._late_stop = late_stop if self._given[0] is None else self._cg_stop
         pairs = zip((0.95, 1.5) if plain else (0.0, 2.0), self._given[1:], strict=True)
         start, factor = (usual if given is None else given for usual, given in pairs)
         self._least_share = 0.03 if plain else 3e-4  # of the first damping, on mini-batches
@@ -173,7 +180,7 @@ class NewtonCG(NewtonOptimizer):
 
     def _descend(self, step: Step) -> NewtonCGReport:
         objective = step.objective
-        slope_ratio = step.slope_ratio()
+        slope_ratio = step.mean_slope_ratio()
         scale = step.scale(slope_ratio, self._scale_gain)
         dampings = self._calibrated(step)
         pairs = zip(self.param_groups, dampings, strict=True)
@@ -185,7 +192,6 @@ class NewtonCG(NewtonOptimizer):
         solution = self._solved(step, model)
         said: dict[str, Any] = {
             "slope_ratio": slope_ratio,
-            "step_scale": scale,
             "damping": float(dampings[0]),
             "cg_steps": solution.num_steps,
             "cg_status": solution.status,
@@ -193,15 +199,23 @@ class NewtonCG(NewtonOptimizer):
         }
         if failure := failure_of(solution):
             return step.report(failure, **said)
+        scale *= step.cut(float(trees.norm(solution.value)))
         lr = [scale * each for each in self._per_parameter("lr")]
         best, first_value = best_trial(model, lr, solution)
-        search = self._search(objective, best)
+        search = descended(
+            objective,
+            best,
+            sufficient_decrease=self._decrease,
+            factor=self._backtracking,
+            max_evaluations=self._max_evaluations,
+        )
         length = search.step
         ratio = ratio_of(objective, search, best, first_value)
         step.keep(direction=solution.value, update=trees.scale(best.update, length))
         step.expect(search.value - objective.tilt(best.update, length), length * best.slope)
         step.remember(predicted=best.predicted(length))
         said.update(
+            step_scale=scale,
             objective_after=search.value,
             reduction_ratio=ratio,
             cg_iterate=best.num_steps,
@@ -236,7 +250,7 @@ class NewtonCG(NewtonOptimizer):
         last = tensors(step.kept("direction")) if self._warm_start > 0 else None
         return model.minimized(
             x0=None if last is None else trees.scale(last, self._warm_start),
-            stop=step.stopping(self._cg_stop),
+            stop=step.stopping(self._late_stop if step.num_batches else self._cg_stop),
             max_steps=self._max_cg_steps,
             keep_iterates=keep_iterates,
         )
@@ -255,20 +269,3 @@ class NewtonCG(NewtonOptimizer):
                 )
             )
         return [numbers[0] if damping == "auto" else damping for damping in given]
-
-    def _search(self, objective: Objective, best: Trial) -> LineSearchResult:
-        search = LineSearchResult(0.0, objective.value, math.inf, 0)
-        if best.slope < 0:
-            search = armijo(
-                lambda t: objective.move(best.update, t),
-                objective.value,
-                best.slope,
-                sufficient_decrease=self._decrease,
-                factor=self._backtracking,
-                max_evaluations=self._max_evaluations,
-                noise=objective.noise,
-                first_value=best.value,
-            )
-        if search.step == 0:
-            objective.restore()
-        return search

@@ -16,8 +16,8 @@ class Outcome(Enum):
     CONVERGED = "The gradient is zero to within its tolerance: the parameters stay."
     REJECTED = "No step along the direction decreased the loss: the parameters stay."
     SKIPPED = (
-        "The closure returned None without calling backward: the parameters stay. Under manual "
-        "optimization, pass the optimizer a closure: optimizer.step(closure=closure)."
+        "The closure left its backward pass out: the parameters stay. So it is meant where a "
+        "training_step returns None; else let the closure call backward() and return the loss."
     )
     INTERRUPTED = (
         "The step ended in an exception: parameters, state and options are those before it."
@@ -84,9 +84,11 @@ class NewtonCGReport(StepReport):
         radius: of the trust region; NaN without one.
         reduction_ratio: ρ, the decrease over the one predicted; NaN where not measurable.
         slope_ratio: the slope of this batch's objective at the end of the last step, along that
-            step, over the slope at its start on its own batch; negative where it went too far,
-            NaN where the batch is the same.
-        step_scale: α, by which the slope ratios have shortened steps; NaN in a trust region.
+            step, over the slope at its start on its own batch (without a trust region, over the
+            average of these slopes); negative where it went too far, NaN where the batch is the
+            same.
+        step_scale: α, by which the slope ratios have shortened steps, and the cut of an unusually
+            long one; NaN in a trust region.
         cg_steps: steps of CG.
         cg_status: why CG ended.
         cg_iterate: the step of CG whose iterate was taken; 0 for a direction of negative curvature.

@@ -35,7 +35,7 @@ class SophiaReport(DiagonalReport):
     fraction_negative: float = math.nan
 
 
-class _Sophia(DiagonalOptimizer):
+class Sophia(DiagonalOptimizer):
     """The update that both estimators share."""
 
     report = SophiaReport
@@ -101,7 +101,7 @@ class _Sophia(DiagonalOptimizer):
         return Moved(value, {"momentum": m, "curvature": h}, h, figures)
 
 
-class SophiaH(_Sophia):
+class SophiaH(Sophia):
     """Sophia with Hutchinson's estimate of the Hessian's diagonal (Liu et al. 2023).
 
     With the gradient g of each step, and every k = ``update_every`` steps an estimate
@@ -158,7 +158,7 @@ class SophiaH(_Sophia):
         return hutchinson(oracle, params, seed)
 
 
-class SophiaG(_Sophia):
+class SophiaG(Sophia):
     """Sophia with the Gauss-Newton-Bartlett estimate of the GGN's diagonal (Liu et al. 2023).
 
     The steps are those of `SophiaH`, with ĥ = N ĝ⊙ĝ, where ĝ is the gradient of the mean loss over

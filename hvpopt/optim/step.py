@@ -87,17 +87,34 @@ class Step:
         leasts: Sequence[float],
     ) -> list[float]:
         """Each group's λ after a step, see `damping_after`."""
-        num = int(self.number("num_batches") or 0)
-        pairs = zip(dampings, leasts, strict=True)
+        num, pairs = self.num_batches, zip(dampings, leasts, strict=True)
         return [damping_after(d, ratio, slope_ratio, num, factor, x) for d, x in pairs]
+
+    @property
+    def num_batches(self) -> int:
+        """How often the batch has changed; 0 on full batches."""
+        return int(self.number("num_batches") or 0)
 
     def scale(self, slope_ratio: float, gain: float) -> float:
         """α by which this step is multiplied, see `balanced_scale`; kept for the next one."""
-        scale, num_batches = self.number("scale") or 1.0, int(self.number("num_batches") or 0)
+        scale, num_batches = self.number("scale") or 1.0, self.num_batches
         if not math.isnan(slope_ratio):
             scale = balanced_scale(scale, slope_ratio, num_batches, gain=gain)
             self.remember(scale=scale, num_batches=num_batches + 1)
         return scale
+
+    def cut(self, size: float) -> float:
+        """What a direction of this length is multiplied by: 1 up to twice the usual, then less.
+
+        Usual is the geometric mean of the last ones, cut, with a weight of a tenth for each. A few
+        rows that are hard, together in a small batch, give a direction many times as long as the
+        others, on which neither the batch's own loss nor the next batch's can warn in time.
+        """
+        usual = self.number("usual") or size
+        cut = min(1.0, 2 * usual / size) if self.num_batches and size > 0 else 1.0
+        if 0 < cut * size < math.inf:
+            self.remember(usual=usual**0.9 * (cut * size) ** 0.1)
+        return cut
 
     def slope_ratio(self) -> float:
         """g′ᵀp / gᵀp of the last step p, with g′ the gradient here, where it ended.
@@ -111,6 +128,19 @@ class Step:
         if abs(objective.value - expected) <= objective.eps ** (2 / 3) * abs(objective.value):
             return math.nan
         return self._slope_at_its_end()
+
+    def mean_slope_ratio(self) -> float:
+        """The same over the average gᵀp of the last steps, each weighing 0.95 of the one after it.
+
+        Its average over batches is that of g′ᵀp over that of gᵀp. The average of their ratios is
+        made by the steps on batches whose loss was nearly zero, which hardly move.
+        """
+        ratio, slope = self.slope_ratio(), self.number("slope")
+        if math.isnan(ratio) or not slope:
+            return math.nan
+        total = 0.95 * (self.number("slopes") or 0.0) + 0.05 * slope
+        self.remember(slopes=total)
+        return ratio * slope * (1 - 0.95 ** (self.num_batches + 1)) / total
 
     def late_ratio(self) -> float:
         """ρ of the last step p, from the gradients at its ends: ½ (gᵀp + g′ᵀp) / m(p).

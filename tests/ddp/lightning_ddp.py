@@ -1,8 +1,9 @@
 """A run under Lightning's strategy "ddp", which starts this program once for each rank.
 
-    python lightning_ddp.py NAME NUM_DEVICES OUTPUT
+    python lightning_ddp.py NUM_DEVICES OUTPUT
 
-writes the parameters after the run, whether all ranks have the same, and the outcomes of the steps.
+writes for each optimizer the parameters after a run, whether all ranks have the same, and the
+outcomes of the steps.
 """
 
 import sys
@@ -76,20 +77,23 @@ def trainer(**options):
     )  # fmt: skip
 
 
-def main(name, num_devices, output):
+def main(num_devices, output):
     """One rank's part; the first writes what came of it."""
     torch.set_num_threads(1)
-    module = Net(OPTIMIZERS[name])
-    trainer(strategy="ddp", devices=num_devices).fit(
-        module, DataLoader(rows(), batch_size=BATCH_SIZE, shuffle=True)
-    )
-    params = flat(module.parameters())
-    everywhere = [torch.zeros_like(params) for _ in range(num_devices)]
-    dist.all_gather(everywhere, params)
-    if dist.get_rank() == 0:
+    found = {}
+    for name, make_optimizer in OPTIMIZERS.items():
+        module = Net(make_optimizer)
+        trainer(strategy="ddp", devices=num_devices).fit(
+            module, DataLoader(rows(), batch_size=BATCH_SIZE, shuffle=True)
+        )
+        params = flat(module.parameters())
+        everywhere = [torch.zeros_like(params) for _ in range(num_devices)]
+        dist.all_gather(everywhere, params)
         same = all(torch.equal(params, other) for other in everywhere)
-        torch.save({"params": params, "same": same, "outcomes": module.outcomes}, output)
+        found[name] = {"params": params, "same": same, "outcomes": module.outcomes}
+    if dist.get_rank() == 0:
+        torch.save(found, output)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2])

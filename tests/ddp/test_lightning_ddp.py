@@ -41,21 +41,28 @@ class JoinedBatches:
         return len(list(iter(self)))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("name", lightning_ddp.OPTIMIZERS)
-def test_a_fit_over_ranks_is_that_of_the_joined_batches(name, num_ranks, tmp_path):
-    output = tmp_path / "result.pt"
+@pytest.fixture(scope="module", params=[2, 4])
+def over_ranks(request, tmp_path_factory):
+    """How many ranks there are, and what came of a run with each optimizer."""
+    folder = tmp_path_factory.mktemp("ranks")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "PYTHONPATH": str(SCRIPT.parents[1]),
     }
-    subprocess.run(
-        [sys.executable, str(SCRIPT), name, str(num_ranks), str(output)],
-        check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300,
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(request.param), str(folder / "result.pt")],
+        cwd=folder, env=environment, capture_output=True, timeout=300, text=True,
     )  # fmt: skip
-    found = torch.load(output, weights_only=True)
+    assert run.returncode == 0, run.stderr
+    return request.param, torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", lightning_ddp.OPTIMIZERS)
+def test_a_fit_over_ranks_is_that_of_the_joined_batches(name, over_ranks):
+    num_ranks, runs = over_ranks
+    found = runs[name]
     assert found["same"]
     assert len(found["outcomes"]) > 2
     data = lightning_ddp.rows()

@@ -77,11 +77,55 @@ def test_the_loss_is_returned_as_before_the_step_and_without_a_graph(name):
 
 @every
 def test_a_closure_that_never_comes_is_explained(name):
-    if name == "handover":  # whose first stage is torch's own
-        return
+    """At once, also where the first of several stages could do without."""
     optimizer = OPTIMIZERS[name](problem("mlp").params)
     with pytest.raises(TypeError, match=r"'16-mixed'.*use 'bf16-mixed'"):
         optimizer.step()
+
+
+@every
+def test_what_is_no_closure_is_refused(name):
+    if name == "handover":  # whose first stage is torch's own
+        return
+    optimizer = OPTIMIZERS[name](problem("mlp").params)
+    with pytest.raises(TypeError, match=r"with a Tensor, where the closure itself is expected"):
+        optimizer.step(torch.ones(()))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_group_would_ignore_is_refused(cls):
+    w = [nn.Parameter(torch.ones(1))]
+    with pytest.raises(ValueError, match="unknown option 'weight_decy': was 'weight_decay' meant"):
+        cls([{"params": w, "weight_decy": 0.1}])
+    with pytest.raises(ValueError, match=f"engine='dual' in a parameter group: {cls.__name__} has"):
+        cls([{"params": w, "engine": "dual"}])
+    optimizer = cls([{"params": w, "name": "head", "initial_lr": 0.1, "max_lr": 1.0}])
+    assert optimizer.param_groups[0]["name"] == "head"
+
+
+@pytest.mark.parametrize("cls", [c for c in CLASSES if c is not hvpopt.SMD])
+def test_a_seed_is_a_whole_number(cls):
+    for seed in ("a", 1.5, True):
+        with pytest.raises(ValueError, match=f"seed={seed!r}: expected a whole number"):
+            cls([nn.Parameter(torch.ones(1))], seed=seed)
+
+
+@pytest.mark.parametrize("curvature", ["gauss", None, "fisher", "empirical_fisher"])
+@pytest.mark.parametrize("cls", [hvpopt.NewtonCG, hvpopt.TrustRegionNewtonCG, hvpopt.SMD])
+def test_a_curvature_that_is_not_offered_is_answered_with_those_that_are(cls, curvature):
+    message = f"curvature={curvature!r} is unknown: choose 'ggn' or 'hessian'"
+    with pytest.raises(ValueError, match=message):
+        cls([nn.Parameter(torch.ones(1))], curvature=curvature)
+
+
+@pytest.mark.parametrize("cls", [hvpopt.SophiaG, hvpopt.SophiaH])
+def test_a_loss_that_is_not_returned_is_missed_at_the_first_step(cls):
+    """The steps without an estimate have it from nowhere else."""
+    task = problem("mlp")
+    optimizer = cls(task.params)
+    closure = closure_of(optimizer, lambda: task.loss(task.net(task.x)))
+    with pytest.raises(TypeError, match="returned a NoneType, where the loss is expected"):
+        optimizer.step(lambda: closure() and None)
 
 
 # --- Lightning's options
