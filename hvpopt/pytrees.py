@@ -10,8 +10,15 @@ Tree = Any
 """A tensor, or nested dicts, lists and tuples of tensors."""
 
 
-def check_params(tree: Any, what: str) -> None:
+def check_params(
+    tree: Any, what: str, *, remedy: str = "pass what is not differentiated among *args"
+) -> None:
     """Lets real floating-point tensors pass.
+
+    Args:
+        tree: Any pytree.
+        what: Its name.
+        remedy: What to do with integers, which have no derivative.
 
     Raises:
         ValueError: If there is no tensor.
@@ -30,10 +37,7 @@ def check_params(tree: Any, what: str) -> None:
                 "torch.view_as_real of it and let f put it together."
             )
         if not leaf.is_floating_point():
-            raise TypeError(
-                f"{name} is {leaf.dtype}; expected real floating point: pass what is not "
-                "differentiated among *args."
-            )
+            raise TypeError(f"{name} is {leaf.dtype}; expected real floating point: {remedy}.")
 
 
 def check_like(tree: Any, like: Any, what: str, what_like: str) -> None:

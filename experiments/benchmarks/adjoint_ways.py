@@ -15,11 +15,13 @@ STEP_SIZE = 0.1
 PLAIN = "plain create_graph unroll"
 UNROLLED = "hvpopt Unrolled"
 BACK = "hvpopt BackOptimization"
+BACK_8 = "hvpopt BackOptimization, 8 tapes"
 FORWARD = "hvpopt ForwardMode, 2 parameters"
 ADJOINTS: dict[str, Any] = {
     UNROLLED: nested.Unrolled(),
     "hvpopt Checkpointed": nested.Checkpointed(),
     BACK: nested.BackOptimization(),
+    BACK_8: nested.BackOptimization(num_tapes=8),
     "hvpopt Truncated, 5 steps": nested.Truncated(num_steps=5),
     "hvpopt Implicit, CG": nested.Implicit(max_steps=20, residual_warning=float("inf")),
     "hvpopt Implicit, MINRES": nested.Implicit(
@@ -28,7 +30,7 @@ ADJOINTS: dict[str, Any] = {
     "hvpopt Neumann, 20 terms": nested.Neumann(num_terms=20, residual_warning=float("inf")),
     FORWARD: nested.ForwardMode(),
 }
-EXACT = (UNROLLED, "hvpopt Checkpointed", BACK, "torchopt unroll")
+EXACT = (UNROLLED, "hvpopt Checkpointed", BACK, BACK_8, "torchopt unroll")
 """Those that compute what the plain unroll does."""
 
 

@@ -18,15 +18,15 @@ from hvpopt.nested import GradientDescent, Logits, minimize_energy
 from hvpopt.nested.energies import spen
 
 from . import adjoint_ways
-from .adjoint_ways import BACK, EXACT, FORWARD, PLAIN, UNROLLED, Problem, Way, plain, ways
+from .adjoint_ways import BACK, BACK_8, EXACT, FORWARD, PLAIN, UNROLLED, Problem, Way, plain, ways
 from .command import Options, parse
 from .timing import Times, interleaved_times, peak_bytes, timed
 
 STEPS, WIDTHS = (5, 20, 50, 100, 200), (64, 256)
 LONGEST_FORWARD = 50
 """The most steps with forward mode, which takes several times as long as the others."""
-SECONDS = 3.0
-"""For the rounds of one problem; fewer rounds where they would take longer."""
+SECONDS, LEAST_ROUNDS = 3.0, 5
+"""For the rounds of one problem; fewer rounds where they would take longer, but so many."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Row:
     """To the plain unroll, median over the rounds."""
     time_ratio_min: float | None = None
     time_ratio_max: float | None = None
+    unrolled_ratio: float | None = None
+    """To the unrolled adjoint, median over the rounds."""
     rounds: int = 0
     peak_mib: float | None = None
     """Above the network and its data."""
@@ -51,7 +53,7 @@ class Row:
     failure: str | None = None
     """Why it was not measured."""
 
-    def timed(self, times: Times, plain: Times) -> "Row":
+    def timed(self, times: Times, plain: Times, unrolled: Times | None) -> "Row":
         """This row with its times."""
         median, least, most = times.ratios_to(plain)
         return replace(
@@ -60,6 +62,7 @@ class Row:
             time_ratio=median,
             time_ratio_min=least,
             time_ratio_max=most,
+            unrolled_ratio=None if unrolled is None else times.ratios_to(unrolled)[0],
             rounds=len(times.seconds),
         )
 
@@ -106,10 +109,10 @@ def measure(problem: Problem, num_steps: int, options: Options, *, peers: bool) 
         rows[name] = replace(row, peak_mib=peak / 2**20, error=error)
         ready[name] = way
         once += seconds
-    rounds = max(1, min(options.repeats, int(SECONDS / once)))
+    rounds = min(options.repeats, max(LEAST_ROUNDS, int(SECONDS / once)))
     times = interleaved_times(ready, repeats=rounds, device=device, warmup=0)
     for name, taken in times.items():
-        rows[name] = rows[name].timed(taken, times[PLAIN])
+        rows[name] = rows[name].timed(taken, times[PLAIN], times.get(UNROLLED))
     return list(rows.values())
 
 
@@ -155,20 +158,16 @@ def table(rows: Sequence[Row], what: str) -> str:
 
 def verdict(rows: Sequence[Row]) -> str:
     """Back-optimisation beside the unrolled adjoint, on one network."""
-    by_way = {
-        way: {row.num_steps: row for row in rows if row.way == way}
-        for way in (PLAIN, UNROLLED, BACK)
-    }
-    steps = list(by_way[BACK])
-    ratios = []
-    for t in steps:
-        back, unrolled = by_way[BACK][t].time_ratio, by_way[UNROLLED][t].time_ratio
-        ratios.append(f"{back / unrolled:.2f}" if back and unrolled else "–")
-    lines = [f"  BackOptimization / Unrolled, time: {', '.join(ratios)}"]
-    for way in (PLAIN, BACK):
-        first, last = (by_way[way][t].peak_mib for t in steps[-2:])
-        if first is not None and last is not None:
-            growth = 1024 * (last - first) / (steps[-1] - steps[-2])
+    by_way = {way: [row for row in rows if row.way == way] for way in (PLAIN, BACK, BACK_8)}
+    lines = []
+    for way in (BACK, BACK_8):
+        ratios = [row.unrolled_ratio for row in by_way[way]]
+        shown = ", ".join("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"  {way} / {UNROLLED}, time: {shown}")
+    for way, of_way in by_way.items():
+        first, last = of_way[-2:]
+        if first.peak_mib is not None and last.peak_mib is not None:
+            growth = 1024 * (last.peak_mib - first.peak_mib) / (last.num_steps - first.num_steps)
             lines.append(f"  {way}: {growth:.1f} KiB of memory a step, at the last two T")
     return "\n".join(lines)
 

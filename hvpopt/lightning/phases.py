@@ -17,6 +17,7 @@ __all__ = [
     "active_phase",
     "checked_phases",
     "freeze_others",
+    "has_unused",
     "parameter_groups",
     "set_modes",
     "trained_parameters",
@@ -113,6 +114,15 @@ def trained_parameters(
             "gradients."
         )
     return chosen
+
+
+def has_unused(phase: Phase, trainable: Iterable[str]) -> bool:
+    """Whether the phase gives no gradient to some of the parameters of the given names: those of
+    a part that it does not train, or of the head where its loss never evaluates the energy."""
+    parts = {"encoder", "head"} if phase.trains == "all" else {phase.trains}
+    if not phase.loss.needs_inference:
+        parts.discard("head")
+    return any(name.partition(".")[0] not in parts for name in trainable)
 
 
 def freeze_others(energy: EncodedEnergy, trained: Iterable[nn.Parameter]) -> None:

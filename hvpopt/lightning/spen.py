@@ -16,6 +16,7 @@ from hvpopt.lightning.phases import (
     active_phase,
     checked_phases,
     freeze_others,
+    has_unused,
     parameter_groups,
     set_modes,
     trained_parameters,
@@ -63,7 +64,8 @@ class SPENModule(lightning.LightningModule):
     Arguments:
         energy: the network.
         optimizer: parameter groups to optimizer, as `functools.partial(torch.optim.Adam)`. Second-
-            order products need `adjoint="unrolled"` where the loss passes through inference.
+            order products need `adjoint="unrolled"` where the loss passes through inference, and
+            `curvature="hessian"` where it is made of energies (`StructuredHinge`).
         scheduler: optimizer to learning-rate schedule within a phase, stepped every epoch.
         phases: by name, in order; None leaves one out.
         minimizer: inference; None predicts by the energy's first guess.
@@ -107,20 +109,20 @@ class SPENModule(lightning.LightningModule):
         """The phase of training that the module is in; after training, was in."""
         return list(self.phases.values())[self._phase_index]
 
-    def infer(self, x: Any) -> Inference | None:
+    def infer(self, x: Any, *, keep_iterates: bool = False) -> Inference | None:
         """Inference for inputs x; None in a phase that predicts by the first guess."""
-        return self._predict(x)[1]
+        return self._predict(x, keep_iterates=keep_iterates)[1]
 
     def forward(self, x: Any) -> Tensor:
         """The predicted outputs `[B, *shape]` of inputs x."""
         return self._predict(x)[0]
 
-    def _predict(self, x: Any) -> tuple[Tensor, Inference | None]:
+    def _predict(self, x: Any, *, keep_iterates: bool = False) -> tuple[Tensor, Inference | None]:
         encoding = self.energy.encoder(x)
         initial = self.energy.initial(encoding)
         if self.minimizer is None or not self.phase.loss.needs_inference:
             return initial, None
-        inference = self.minimizer(self.energy.head, encoding, initial)
+        inference = self.minimizer(self.energy.head, encoding, initial, keep_iterates=keep_iterates)
         return inference.y, inference
 
     # --- training
@@ -162,12 +164,15 @@ class SPENModule(lightning.LightningModule):
         """
         options = getattr(self.trainer.strategy, "_ddp_kwargs", None)
         all_are_used = options is not None and not options.get("find_unused_parameters")
-        partial = any(phase.trains != "all" for phase in self.phases.values())
-        if stage == "fit" and partial and all_are_used:
-            raise ValueError(
-                "A phase trains a part of the energy, but the strategy takes every parameter to be "
-                "used at each step: set trainer.strategy=ddp_find_unused_parameters_true."
-            )
+        if stage != "fit" or not all_are_used:
+            return
+        for name, phase in self.phases.items():
+            if has_unused(phase, self._trainable):
+                raise ValueError(
+                    f"phases.{name} leaves a part of the energy without gradient, but the strategy "
+                    "takes every parameter to have one at each step: set "
+                    "trainer.strategy=ddp_find_unused_parameters_true."
+                )
 
     def on_train_epoch_start(self) -> None:
         """Starts the phase that the epoch belongs to, with a fresh optimizer."""

@@ -22,6 +22,12 @@ JointProduct = Callable[[Tree], tuple[Tree, Tree]]
 """v ↦ (H v, C v), with H = ∂²f/∂w² and C = ∂²f/∂λ∂w."""
 
 
+_REMEDY = (
+    "convert it with .float(), or leave out what has no derivative, and let the losses take it "
+    "from where they are defined"
+)
+
+
 @dataclass(frozen=True)
 class Expanded:
     """A loss at parameters and hyper-parameters, and its partial derivatives, detached."""
@@ -41,8 +47,8 @@ def check_problem(params: Tree, hparams: Tree) -> None:
         ValueError: If one holds no tensor.
         TypeError: If a leaf is not such a tensor.
     """
-    check_params(params, "params")
-    check_params(hparams, "hparams")
+    check_params(params, "params", remedy=_REMEDY)
+    check_params(hparams, "hparams", remedy=_REMEDY)
 
 
 def outer_gradient(outer_loss: Loss, params: Tree, hparams: Tree) -> Expanded:

@@ -1,7 +1,7 @@
 """What has become of each example of a batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Descent:
     iterates: Tensor | None
     """(num_steps + 1, batch, *shape), where asked for."""
     state: State
-    """The last coordinates and what goes with them, detached."""
+    """The last coordinates and what goes with them, in the graph where points have one."""
     energies: Tensor
     """(batch,) at y, detached."""
     residuals: Tensor
@@ -34,6 +34,12 @@ class Descent:
     """(batch,), codes of InferenceStatus."""
     energy_path: Tensor
     """(num_steps + 1, batch), detached."""
+
+    def without_graph(self) -> "Descent":
+        """The same values by themselves."""
+        iterates = None if self.iterates is None else self.iterates.detach()
+        state = tuple(s.detach() for s in self.state)
+        return replace(self, y=self.y.detach(), iterates=iterates, state=state)
 
 
 class Book:
@@ -76,9 +82,8 @@ class Book:
         rows = slice(None) if gone.rows is None else gone.rows
         self._status[rows] = status.code
         self._steps[rows] = self._count
-        state = tuple(s.detach() for s in gone.state)
         residuals = self._residuals(gone)
-        self._pieces.append((gone.rows, gone.y, state, gone.energies.detach(), residuals))
+        self._pieces.append((gone.rows, gone.y, gone.state, gone.energies.detach(), residuals))
         self._on_finish(gone.rows)
         if status is InferenceStatus.DIVERGED:
             self._num_diverged += len(places)

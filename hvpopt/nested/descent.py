@@ -19,10 +19,15 @@ from hvpopt.nested.methods import Method, State
 from hvpopt.nested.newton import NewtonDescent
 from hvpopt.nested.points import Point, Recording, Step, chosen
 from hvpopt.nested.problem import InnerProblem, Kind
-from hvpopt.nested.rows import are_finite, row_dots, row_norms
+from hvpopt.nested.rows import all_finite, are_finite, row_dots, row_norms
 from hvpopt.nested.status import InferenceStatus
 
-_KINDS: dict[Recording, Kind] = {"values": "values", "tape": "leaves", "attached": "attached"}
+_KINDS: dict[Recording, Kind] = {
+    "values": "values",
+    "tape": "leaves",
+    "chain": "chain",
+    "attached": "attached",
+}
 
 
 def _nothing(*_: Any) -> None: ...
@@ -50,24 +55,34 @@ class Run:
     keep_iterates: bool
     max_diverged: float
 
-    def look(self, state: State, rows: Tensor | None, recording: Recording) -> Point:
-        """The point at a state."""
-        xs = self.problem.select(rows, _KINDS[recording])
-        if recording != "attached":
+    def look(
+        self,
+        state: State,
+        rows: Tensor | None,
+        recording: Recording,
+        xs: list[Tensor] | None = None,
+    ) -> Point:
+        """The point at a state; ``xs`` are what the problem selects, where that is at hand."""
+        xs = self.problem.select(rows, _KINDS[recording]) if xs is None else xs
+        starts_chain = recording == "chain" and not state[0].requires_grad
+        if starts_chain or recording in ("values", "tape"):
             state = tuple(s.detach() for s in state)
         if recording == "values":
-            y = self.domain.point(state[0]).detach().requires_grad_()
-        else:
-            if recording == "tape":
-                state = tuple(s.requires_grad_() for s in state)
-            y = self.domain.point(state[0])
-            y = y if y.requires_grad else y.detach().requires_grad_()
-        energies, g = self.problem.gradient(xs, y, rows, create_graph=recording != "values")
-        if recording == "attached":
-            return Point(rows, xs, state, y, energies, g, None)
-        tape = Tape(rows, xs, state, y, g) if recording == "tape" else None
+            y = self.domain.point(state[0]).detach()
+            energies, g = self.problem.gradient(
+                xs, y.detach().requires_grad_(), rows, create_graph=False
+            )
+            return Point(rows, xs, state, y, energies.detach(), g, recording)
+        if starts_chain or recording == "tape":
+            state = tuple(s.requires_grad_() for s in state)
+        y = self.domain.point(state[0])
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        energies, g = self.problem.gradient(xs, y, rows, create_graph=True)
+        if recording != "tape":
+            return Point(rows, xs, state, y, energies, g, recording)
+        tape = Tape(rows, xs, state, y, g)
         state = tuple(s.detach() for s in state)
-        return Point(rows, xs, state, y.detach(), energies.detach(), g.detach(), tape)
+        return Point(rows, xs, state, y.detach(), energies.detach(), g.detach(), recording, tape)
 
     def advance(self, point: Point, number: int, factors: Tensor | None, g: Tensor) -> State:
         """The state after a step from a point."""
@@ -121,7 +136,7 @@ class Run:
         self,
         recording: Callable[[int], Recording],
         *,
-        on_step: Callable[[Step], None] = _nothing,
+        on_step: Callable[[Step], None] | None = None,
         on_finish: Callable[[Tensor | None], None] = _nothing,
     ) -> Descent:
         """The descent from y0.
@@ -135,8 +150,10 @@ class Run:
             ValueError: If the energy is not finite at y0.
             DivergenceError: If too many examples diverge.
         """
-        with torch.set_grad_enabled(recording(0) == "attached"):
-            state = self.method.start(self.domain.coordinates(self.y0))
+        attached = recording(0) == "attached"
+        with torch.set_grad_enabled(attached):
+            y0 = self.y0 if attached else self.y0.detach()
+            state = self.method.start(self.domain.coordinates(y0))
         with torch.enable_grad():
             point = self.look(state, None, self._how(recording, 0))
         check_start(point.energies, point.g)
@@ -151,8 +168,9 @@ class Run:
             point, factors, following = self._take(point, number, how, book)
             if not len(point.y):
                 break
-            state = tuple(s.detach() for s in point.state)
-            on_step(Step(number, point.rows, state, point.g.detach(), factors, point.tape))
+            if on_step is not None:
+                g, in_chain = point.g.detach(), point.recording == "chain"
+                on_step(Step(number, point.rows, point.state, g, factors, in_chain))
             book.stepped(following)
             arrived = self._has_arrived(point, following)
             point = book.retire(following, arrived, InferenceStatus.CONVERGED)
@@ -162,10 +180,11 @@ class Run:
 
     def _how(self, recording: Callable[[int], Recording], number: int) -> Recording:
         """How the point is computed that a step starts from, or that the last one ends at."""
-        if number == self.method.num_steps:
-            return "attached" if recording(0) == "attached" else "values"
-        how = recording(number)
-        return "tape" if how == "values" and self.method.is_second_order else how
+        is_last = number == self.method.num_steps
+        how = recording(number - 1 if is_last else number)
+        if how == "values" and self.method.is_second_order and not is_last:
+            return "tape"
+        return how
 
     def _take(
         self, point: Point, number: int, how: Recording, book: Book
@@ -178,6 +197,8 @@ class Run:
                 point = book.retire(point, ~found, InferenceStatus.LINE_SEARCH_FAILED)
                 direction, factors = direction[found], factors[found]
         following = self._step(point, number, factors, direction, how) if len(point.y) else point
+        if all_finite(following.energies, following.g):
+            return point, factors, following
         fine = are_finite(following.energies, following.g)
         if not bool(fine.all()):
             point = book.retire(point, ~fine, InferenceStatus.DIVERGED)
@@ -196,18 +217,15 @@ class Run:
         recording: Recording,
     ) -> Point:
         """Where a step leads to."""
-        attached, tape = recording == "attached", point.tape
-        if tape is not None and not self.method.is_second_order:
-            state = tape.after = self.taken(tape, number, factors)
-        else:
-            with torch.set_grad_enabled(attached):
-                state = self.advance(point, number, factors, direction)
+        with torch.set_grad_enabled(point.has_graph):
+            state = self.advance(point, number, factors, direction)
         with torch.enable_grad():
-            if not attached or number + 1 < self.method.num_steps:
-                return self.look(state, point.rows, recording)
+            if not point.has_graph or number + 1 < self.method.num_steps:
+                xs = point.xs if recording == point.recording != "tape" else None
+                return self.look(state, point.rows, recording, xs)
             # the last gradient is for the residual alone
             y, final = self.domain.point(state[0]), self.look(state, point.rows, "values")
-            return replace(final, state=state, y=y)
+            return replace(final, state=state, y=y, recording=recording)
 
     def _direction(self, point: Point) -> Tensor:
         if isinstance(self.method, NewtonDescent):

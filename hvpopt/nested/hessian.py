@@ -8,6 +8,8 @@ so that all second derivatives of the energy are in H ḡ. Where bounds are acti
 between projections on the free directions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ class InnerHessian:
         elif self._free is not None:
             v = self.project(v)
         with torch.enable_grad():
-            product = self._product(v, places)
+            product = self._product(v, places, lambda v: self._hvp(v, places))
         if self._free is None:
             return product
         if places is None:
@@ -82,20 +84,20 @@ class InnerHessian:
         everyone = torch.zeros_like(self._u).flatten(1)
         return self.project(everyone.index_copy(0, places, product))[places]
 
-    def _product(self, v: Tensor, places: Tensor | None) -> Tensor:
+    def _product(self, v: Tensor, places: Tensor | None, hvp: Callable[[Tensor], Tensor]) -> Tensor:
         at = slice(None) if places is None else places
         v = v.view_as(self._u[at])
         if not self._domain.is_reparametrised:
-            return self._hvp(v, places).flatten(1)
+            return hvp(v).flatten(1)
         if self._drops_curved_map:
             assert isinstance(self._domain, LogitDomain)
             y, domain = self._y[at], self._domain
-            product = self._hvp(domain.width * domain.spread(y, v), places)
+            product = hvp(domain.width * domain.spread(y, v))
             return domain.spread(y, domain.natural(v, product)).flatten(1)
         u, g = self._u[at].clone().requires_grad_(), self._g[at].clone().requires_grad_()
         y = self._domain.point(u)
         (gbar,) = torch.autograd.grad(pull := self._domain.pull(u, y, g), g, v, retain_graph=True)
-        (found,) = torch.autograd.grad([pull, y], u, [v, self._hvp(gbar, places)])
+        (found,) = torch.autograd.grad([pull, y], u, [v, hvp(gbar)])
         return found.flatten(1)
 
     def _hvp(self, v: Tensor, places: Tensor | None) -> Tensor:
@@ -123,14 +125,24 @@ class InnerHessian:
             return self._rows
         return places if self._rows is None else self._rows[places]
 
-    def mixed(self, w: Tensor) -> Joint:
-        """(·, Cᵀ(∂pull/∂g)ᵀ w) for all examples at hand: the derivative of ⟨G, w⟩ by x and θ."""
+    def joint(self, v: Tensor) -> Joint:
+        """(P ∂²F/∂u² P v, the derivative of ⟨G, P v⟩ by x and θ), for all examples at hand.
+
+        The last product: the graph is freed.
+        """
         self.num_products += 1
-        w = self.project(w).view_as(self._u)
-        with torch.enable_grad():
-            if self._domain.is_reparametrised:
-                g = self._g.clone().requires_grad_()
-                (w,) = torch.autograd.grad(self._domain.pull(self._u, self._y, g), g, w)
+        found: list[Joint] = []
+
+        def hvp(gbar: Tensor) -> Tensor:
             if self._products == "forward_over_reverse":
-                return joint_product(self._problem, self._y, w, self._rows, products=self._products)
-            return self._tape.joint(self._problem, w)
+                joint = joint_product(
+                    self._problem, self._y, gbar, self._rows, products=self._products
+                )
+            else:
+                joint = self._tape.joint(self._problem, gbar)
+            found.append(joint)
+            return joint.Hv
+
+        with torch.enable_grad():
+            product = self._product(self.project(v), None, hvp)
+        return Joint(self.project(product), found[0].Cv)

@@ -55,8 +55,6 @@ class Tape:
     """The point (k, *shape)."""
     g: Tensor
     """∂E/∂y there, attached."""
-    after: tuple[Tensor, ...] = ()
-    """The state after the step from there, attached."""
 
     def hvp(self, v: Tensor) -> Tensor:
         """Hv alone; the graph is kept."""

@@ -9,9 +9,9 @@ from hvpopt.nested.joint import Tape
 from hvpopt.nested.methods import State
 from hvpopt.nested.problem import InnerProblem
 
-Recording = Literal["values", "tape", "attached"]
-"""Whether a point is computed without a graph, with that of its gradient by y alone, or within
-autograd's graph of everything before."""
+Recording = Literal["values", "tape", "chain", "attached"]
+"""Whether a point is computed without a graph, with that of its gradient by y alone, within
+autograd's graph of the steps since the first such point, or within that of everything before."""
 
 
 @dataclass
@@ -30,13 +30,20 @@ class Point:
     """(k,)."""
     g: Tensor
     """∂E/∂y, (k, *shape)."""
-    tape: Tape | None
-    """g with its graph, where that was recorded."""
+    recording: Recording
+    """How it was computed."""
+    tape: Tape | None = None
+    """g with its graph, where that was recorded by itself."""
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the next step is to be in the graph of this point."""
+        return self.recording in ("chain", "attached")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """A step that was taken, as a backward pass meets it; without a graph but the tape's."""
+    """A step that was taken, as a backward pass meets it."""
 
     number: int
     """Counted from 0: it leads from iterate `number` to the next."""
@@ -48,19 +55,18 @@ class Step:
     """∂E/∂y there."""
     factors: Tensor | None
     """By what a line search multiplied the step lengths, (k,)."""
-    tape: Tape | None
-    """g with its graph, where that was recorded; it can be used once."""
+    in_chain: bool
+    """Whether the state is in a chain's graph: the first one of it is its leaf."""
 
 
 def chosen(problem: InnerProblem, point: Point, places: Tensor) -> Point:
     """The examples of a point in some places; their tape is lost."""
-    rows = places if point.rows is None else point.rows[places]
     return Point(
-        rows,
-        problem.select(rows, "attached" if point.y.requires_grad else "values"),
+        places if point.rows is None else point.rows[places],
+        [problem.rows_of(v, places) for v in point.xs],
         tuple(s[places] for s in point.state),
         point.y[places],
         point.energies[places],
         point.g[places],
-        None,
+        point.recording,
     )

@@ -35,7 +35,7 @@ from hvpopt.nested.surroundings import (
 )
 from hvpopt.products.surroundings import ordinary_args, rewinder
 
-Kind = Literal["values", "leaves", "attached"]
+Kind = Literal["values", "leaves", "chain", "attached"]
 
 _warned_of_kinks, _looked_at_rows = Once(), Once()
 
@@ -54,6 +54,7 @@ class InnerProblem:
         theta: The leaves that require gradients and are behind the energy.
         num_gradients: Gradients by y so far.
         num_rows: The examples that they were of, summed.
+        tape_bytes: About how much the graph of a gradient of all examples holds.
 
     Raises:
         TypeError: If the energy returns no tensor of floating point.
@@ -86,7 +87,7 @@ class InnerProblem:
             or is_compiled(energy)
             or any(t.is_inference() for t in tensors_of(energy))
         )
-        self.num_gradients = self.num_rows = 0
+        self.num_gradients = self.num_rows = self.tape_bytes = 0
         self.theta: list[Tensor] = []
         with self.active(), torch.enable_grad():
             self._probe(allows_captured)
@@ -103,6 +104,7 @@ class InnerProblem:
         if any(not torch.equal(a, b) for a, b in zip(before, random_state(y), strict=True)):
             self._rewind = rewind
         self._needs_kernels |= watch.found
+        self.tape_bytes = 2 * watch.num_bytes  # forward and backward
         nodes = list(graph_nodes([energies]))
         variables = {id(v): v for n in nodes if (v := getattr(n, "variable", None)) is not None}
         if id(y) not in variables:
@@ -188,7 +190,8 @@ class InnerProblem:
         Args:
             rows: Which, (k,); None for all. All are given where the energy draws random numbers.
             kind: "values" without gradients, "leaves" of their own where the inputs require
-                gradients, or "attached" in the graph of what was given.
+                gradients, "chain" in the graph of `leaves`, or "attached" in that of what was
+                given.
         """
         source = self._full if kind == "attached" else self._detached
         if kind == "values":
@@ -204,6 +207,11 @@ class InnerProblem:
     def rows_of(self, v: Tensor, rows: Tensor | None) -> Tensor:
         """The part of a tensor, shaped like one of x, that `select` would give."""
         return v if rows is None or self._rewind is not None else v[rows]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What stands for `inputs` in chains."""
+        return self.leaves_of(self._detached)
 
     def leaves_of(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Those of `select`'s tensors that stand for `inputs`."""
@@ -241,6 +249,8 @@ class InnerProblem:
         return energies, torch.zeros_like(y) if g is None else g
 
     def _evaluate(self, xs: Sequence[Tensor], y: Tensor) -> Any:
+        if self._spec.is_leaf() and xs:
+            return self.energy(xs[0], y)
         leaves = list(self._leaves)
         for place, v in zip(self._places, xs, strict=True):
             leaves[place] = v

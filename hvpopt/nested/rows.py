@@ -1,5 +1,7 @@
 """Per-example arithmetic: reductions over all dimensions but the first, scalars for each row."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ def less(u: Tensor, scalar: Tensor | float, v: Tensor) -> Tensor:
     if not isinstance(scalar, Tensor):
         return torch.sub(u, v, alpha=scalar)
     return u - per_row(scalar, u) * v
+
+
+def all_finite(energies: Tensor, g: Tensor) -> bool:
+    """Whether nothing is NaN or infinite, nor sums up to more than the dtype holds."""
+    return math.isfinite(float(g.detach().sum() + energies.detach().sum()))
 
 
 def are_finite(energies: Tensor, g: Tensor) -> Tensor:

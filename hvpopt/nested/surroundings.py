@@ -18,11 +18,14 @@ _ATTENTION_AND_RECURRENCE = (
 
 
 class Watch(TorchFunctionMode):
-    """Notes whether functions are called that need kernels or substitutes of ours."""
+    """Notes whether functions are called that need kernels or substitutes of ours.
+
+    And the size of all results, of which an autograd graph holds about as much.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.found, self.num_bytes = False, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -32,7 +35,10 @@ class Watch(TorchFunctionMode):
             raise ValueError(COUPLED.format(name="a batch normalisation"))
         if func is not F.batch_norm:
             self.found |= func in SUBSTITUTES or func in _ATTENTION_AND_RECURRENCE
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self.num_bytes += result.nbytes
+        return result
 
 
 COUPLED = (

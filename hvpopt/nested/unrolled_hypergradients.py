@@ -10,6 +10,7 @@ from hvpopt.nested.adjoints import (
     Unrolled,
     adjoint_named,
 )
+from hvpopt.nested.adjoints.back_optimization import LEAST_TAPES
 from hvpopt.nested.bilevel import Loss, check_problem
 from hvpopt.nested.inner_path import InnerPath, Step, UnrolledHypergradient
 from hvpopt.options import check_count
@@ -34,8 +35,8 @@ def unrolled_hypergradient(
 
     - `Unrolled`: the tape of all T steps;
     - `Checkpointed`: about √T states and the tape of √T steps; runs nearly all steps twice;
-    - `BackOptimization`: the tapes of k = ``num_tapes`` steps and T / k states; runs all steps but
-      the last k twice;
+    - `BackOptimization`: the tapes of k = ``num_tapes`` steps (8 for None) and T / k states; runs
+      all steps but the last k twice;
     - `Truncated`: the tape of the last K steps; leaves out what the others add;
     - `ForwardMode`: no tape; the derivative of w_t by each hyper-parameter, T products each, so
       for a few hyper-parameters.
@@ -90,7 +91,8 @@ def _marks(adjoint: object, num_steps: int) -> list[int]:
     if isinstance(adjoint, Truncated):
         return [max(0, num_steps - adjoint.num_steps), num_steps]
     if isinstance(adjoint, BackOptimization):
-        return sorted({0, *range(num_steps, 0, -max(1, adjoint.num_tapes))})
+        length = LEAST_TAPES if adjoint.num_tapes is None else max(1, adjoint.num_tapes)
+        return sorted({0, *range(num_steps, 0, -length)})
     if isinstance(adjoint, Checkpointed):
         count = adjoint.num_segments or math.isqrt(num_steps - 1) + 1
         return sorted({round(i * num_steps / count) for i in range(count + 1)})

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from hvpopt.experiments.benchmarks import adjoint_ways, adjoints
-from hvpopt.experiments.benchmarks.adjoint_ways import BACK, EXACT, PLAIN, UNROLLED, Problem
+from hvpopt.experiments.benchmarks.adjoint_ways import BACK, BACK_8, EXACT, PLAIN, Problem
 from hvpopt.experiments.benchmarks.adjoints import Row, main, measure, table, verdict
 from hvpopt.experiments.benchmarks.command import parse
+from hvpopt.experiments.benchmarks.timing import Times
 
 from hvpopt.nested import BackOptimization, Implicit
 
@@ -31,7 +32,7 @@ def test_quick_prints_and_writes_every_way(capsys, tmp_path):
         assert row["peak_mib"] > 0
         assert row["error"] < (1e-5 if row["way"] in EXACT else 10)
     assert all(name in printed for name in names)
-    assert "BackOptimization / Unrolled, time:" in printed
+    assert "hvpopt BackOptimization / hvpopt Unrolled, time:" in printed
     assert written["inference"]["cpu"]["rows"] == 20
     assert written["inference"]["cpu"]["seconds"] > 0
 
@@ -105,16 +106,24 @@ def test_forward_mode_is_left_out_of_long_inferences(monkeypatch):
 
 
 def row(way, num_steps, ratio, peak):
-    return Row("cpu", 8, num_steps, way, time_ratio=ratio, peak_mib=peak)
+    return Row("cpu", 8, num_steps, way, unrolled_ratio=ratio, peak_mib=peak)
 
 
-def test_the_verdict_divides_times_and_takes_the_slope_of_memory():
-    rows = [row(PLAIN, 5, 1.0, 1.0), row(UNROLLED, 5, 0.8, 1.0), row(BACK, 5, 1.0, 0.5)]
-    rows += [row(PLAIN, 15, 1.0, 3.0), row(UNROLLED, 15, 0.5, 3.0), row(BACK, 15, 0.6, 0.6)]
+def test_the_verdict_names_times_and_takes_the_slope_of_memory():
+    rows = [row(PLAIN, 5, None, 1.0), row(BACK, 5, 1.25, 0.5), row(BACK_8, 5, 1.3, 0.4)]
+    rows += [row(PLAIN, 15, 0.9, 3.0), row(BACK, 15, 1.2, 0.6), row(BACK_8, 15, None, None)]
     lines = verdict(rows).splitlines()
-    assert lines[0].endswith("time: 1.25, 1.20")
-    assert lines[1].endswith("204.8 KiB of memory a step, at the last two T")  # 2 MiB in ten steps
-    assert lines[2].endswith("10.2 KiB of memory a step, at the last two T")
+    assert [line.split("time: ")[1] for line in lines[:2]] == ["1.25, 1.20", "1.30, –"]
+    assert lines[2].endswith("204.8 KiB of memory a step, at the last two T")  # 2 MiB in ten steps
+    assert lines[3].endswith("10.2 KiB of memory a step, at the last two T")
+    assert len(lines) == 4
+
+
+def test_ratios_are_medians_over_rounds():
+    ours, other = Times((2.0, 3.0, 9.0)), Times((2.0, 2.0, 3.0))
+    found = Row("cpu", 8, 5, BACK).timed(ours, Times((1.0, 1.0, 1.0)), other)
+    assert (found.milliseconds, found.time_ratio, found.unrolled_ratio) == (3000.0, 3.0, 1.5)
+    assert Row("cpu", 8, 5, BACK).timed(ours, ours, None).unrolled_ratio is None
 
 
 def test_torchopts_ways_are_those_of_the_plain_unroll_where_it_is_installed():

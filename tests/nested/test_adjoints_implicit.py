@@ -142,8 +142,9 @@ def test_damping_adds_to_the_hessian(solver):
 
 
 def test_a_neumann_series_of_k_terms_is_its_finite_sum():
-    found, energy, x, target = solved(Neumann(num_terms=3), Unconstrained(),
-                                      GradientDescent(0.3, 150))  # fmt: skip
+    found, energy, x, target = solved(
+        Neumann(num_terms=3, residual_warning=1.0), Unconstrained(), GradientDescent(0.3, 150)
+    )  # fmt: skip
     H, _, Ctheta = dense_derivatives(energy, x, found.y)
     slope = 2 * (found.y.detach() - target)
     eye = torch.eye(5, dtype=torch.float64)
@@ -151,6 +152,55 @@ def test_a_neumann_series_of_k_terms_is_its_finite_sum():
     expected = -torch.einsum("kij,ki->j", Ctheta, torch.einsum("kij,kj->ki", series, slope))
     assert torch.allclose(flattened(energy, gradients(energy)), expected, rtol=1e-9, atol=1e-11)
     assert found.report.num_products == 3
+
+
+def test_what_a_cut_series_leaves_is_exposed_and_warned_of_once():
+    energy, adjoint = SmoothEnergy(), Neumann(num_terms=3)
+    method = GradientDescent(0.3, 150)
+    with pytest.warns(
+        UserWarning,
+        match=r"'neumann' stops after 3 terms with up to 0.\d+ of the cotangent left, above "
+        r"residual_warning=0.001 for 6 of 6 examples .* take more num_terms",
+    ):
+        found, energy, x, target = solved(adjoint, Unconstrained(), method, energy)
+    H, *_ = dense_derivatives(energy, x, found.y)
+    slope = 2 * (found.y.detach() - target)
+    power = torch.linalg.matrix_power(torch.eye(5, dtype=torch.float64) - 0.3 * H, 3)
+    left = torch.einsum("kij,kj->ki", power, slope).norm(dim=1) / slope.norm(dim=1)
+    assert torch.allclose(found.report.residuals, left, rtol=1e-9)
+    assert found.report.steps.tolist() == [3] * 6
+    assert found.report.statuses == [Status.STEP_LIMIT] * 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solved(adjoint, Unconstrained(), method, energy)
+
+
+@pytest.mark.parametrize(
+    "domain", [Box(-0.2, 0.2), Logits(entropy=0.5), SoftmaxLogits(entropy=0.5)]
+)
+def test_the_residual_of_a_series_is_that_of_its_value_in_the_moving_coordinates(domain):
+    adjoint = Neumann(num_terms=4, step_size=0.1, residual_warning=1e9)
+    with_four, *_ = solved(adjoint, domain)
+    # the sum of 5 terms has a term more, α (I − α H)⁴ b: what 4 terms leave, times α
+    seen = []
+
+    class Watched(Neumann):
+        def inverse(self, system):
+            seen.append((system.b, super().inverse(system)))
+            return seen[-1][1]
+
+    for num_terms in (4, 5):
+        solved(Watched(num_terms, 0.1, residual_warning=1e9), domain)
+    (b, four), (_, five) = seen
+    left = (five - four).norm(dim=1) / (0.1 * b.norm(dim=1)).clamp(min=1e-300)
+    assert torch.allclose(with_four.report.residuals, left, rtol=1e-9)
+
+
+def test_a_series_that_grows_is_said_to():
+    adjoint = Neumann(num_terms=30, step_size=3.0)
+    with pytest.warns(UserWarning, match=r"the series grows: give Neumann a step_size below 2 / λ"):
+        found, *_ = solved(adjoint, Unconstrained(), energy=SmoothEnergy())
+    assert (found.report.residuals > 1).all()
 
 
 def test_an_implicit_gradient_away_from_a_stationary_point_warns_once_and_exposes_residuals():

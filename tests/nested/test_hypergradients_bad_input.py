@@ -16,6 +16,19 @@ ONE = torch.ones(2)
         ({"hparams": []}, {}, ValueError, "hparams hold no tensor"),
         ({"hparams": 3.0}, {}, TypeError, "hparams is a float; expected a tensor"),
         ({"params": torch.arange(2)}, {}, TypeError, "params is torch.int64"),
+        (
+            {"hparams": {"net": [ONE, torch.tensor(3)]}},
+            {},
+            TypeError,
+            r"hparams\['net'\]\[1\] is torch.int64; expected real floating point: convert it with "
+            r"\.float\(\), or leave out what has no derivative, and let the losses take it",
+        ),
+        (
+            {"hparams": {"depth": 3}},
+            {},
+            TypeError,
+            r"hparams\['depth'\] is a int; expected a tensor",
+        ),
         ({"inner_loss": lambda w, h: w * h}, {}, ValueError, r"inner_loss returned .* \(2,\)"),
         ({"outer_loss": lambda w, h: w}, {}, ValueError, r"outer_loss returned .* \(2,\)"),
         ({"outer_loss": lambda w, h: 1.0}, {}, TypeError, "outer_loss returned a float"),

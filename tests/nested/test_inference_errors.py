@@ -184,7 +184,13 @@ def test_the_words_of_adjoints_make_them():
             {"method": GradientDescent(torch.ones(5))},
             r"step_size has shape \(5,\) for a batch of 3",
         ),
-        ({"method": NewtonDescent(), "adjoint": "unrolled"}, r"would take third derivatives: choo"),
+        *(
+            (
+                {"method": NewtonDescent(), "adjoint": name},
+                rf"'{name}' does not go with NewtonDescent, whose steps would take third deriv",
+            )
+            for name in ("unrolled", "back_optimization", "truncated", "forward")
+        ),
         (
             {"method": NewtonDescent(), "adjoint": "neumann"},
             r"Neumann finds no step size in Newton",

@@ -170,6 +170,18 @@ def test_second_order_optimizers_lower_the_loss_smoke(tmp_path, optimizer, phase
 
 
 @pytest.mark.filterwarnings("ignore:.*overfit.*")
+def test_newton_cg_with_its_defaults_trains_end_to_end_smoke(tmp_path):
+    losses = full_batch_losses(hvpopt.NewtonCG, END_TO_END, "unrolled", tmp_path)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*overfit.*")
+def test_newton_cg_with_its_defaults_says_what_a_loss_of_energies_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"The GGN needs .* or choose curvature='hessian'"):
+        full_batch_losses(hvpopt.NewtonCG, JOINT, "unrolled", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*overfit.*")
 def test_an_adjoint_without_second_derivatives_is_refused_by_its_name(tmp_path):
     optimizer = functools.partial(hvpopt.NewtonCG, curvature="hessian", engine="graph")
     with pytest.raises(RuntimeError, match="adjoint='unrolled'"):

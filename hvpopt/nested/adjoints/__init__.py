@@ -4,7 +4,8 @@ from hvpopt.nested.adjoints.back_optimization import BackOptimization, Truncated
 from hvpopt.nested.adjoints.base import Adjoint, AdjointReport
 from hvpopt.nested.adjoints.checkpointed import Checkpointed
 from hvpopt.nested.adjoints.forward import ForwardMode
-from hvpopt.nested.adjoints.implicit import Implicit, Neumann
+from hvpopt.nested.adjoints.implicit import Implicit
+from hvpopt.nested.adjoints.neumann import Neumann
 from hvpopt.nested.adjoints.unrolled import Unrolled
 
 ADJOINTS: dict[str, type[Adjoint]] = {

@@ -16,23 +16,29 @@ from hvpopt.nested.joint import Products, check_products
 from hvpopt.nested.points import Recording, Step
 from hvpopt.options import check_count
 
+LEAST_TAPES, MOST_TAPES, TAPES_BYTES = 8, 64, 32 * 2**20
+"""The bounds of `BackOptimization`'s own number of tapes, and what they may hold together."""
+
 
 @dataclass(frozen=True)
 class BackOptimization(Adjoint):
-    """The gradient of the unrolled steps, from iterates and a few tapes.
+    """The gradient of the unrolled steps, from iterates and a bounded number of tapes.
 
     The descent keeps iterates, O(num_steps · n); on the way back the energy is evaluated again at
     each. So the tape of the energy's network is that of a few evaluations, whatever the number of
-    steps. The last steps keep their tape from the descent; the others are taken again and gone
-    back through a few at a time, which costs less than as many passes.
+    steps. The last steps keep their tape from the descent, and cost what they do in `Unrolled`; the
+    others are taken again, as many at a time. In a dense network a gradient is 2 products of
+    matrices for a layer, and the unrolled step with its backward pass 6, so that a step that is
+    taken again costs 8 / 6 of it.
 
-    Measured for an energy of 159 labels and 16 units (batch 32, one CPU thread, torch 2.13), with
-    the backward pass, in times of `Unrolled`: 20 steps with 0, 8 and 20 tapes 1.56, 1.30 and 1.16,
-    100 steps with 0, 8 and 100 tapes 1.51, 1.41 and 1.11.
+    Measured for the smaller energy of the benchmark `adjoints` (159 labels, 64 units, batch 32),
+    CPU time of one thread, torch 2.13, in times of `Unrolled` for 5, 20, 50, 100 and 200 steps: by
+    default 1.1, 1.0, 1.0, 1.1 and 1.3, with 8 tapes 1.1, 1.3, 1.4, 1.4 and 1.4.
 
     Args:
         num_tapes: Of how many evaluations the tapes may exist at a time; 0 keeps none from the
-            descent, and goes back step by step.
+            descent, and goes back step by step. None, the default: as many as 32 MiB hold, by an
+            estimate, but at least 8 and at most 64.
         products: How (Hv, Cv) are computed (`hvpopt.nested.joint`); forward over reverse goes back
             step by step, and keeps no tape.
 
@@ -45,37 +51,59 @@ class BackOptimization(Adjoint):
     name: ClassVar[str] = "back_optimization"
     follows_iterates: ClassVar[bool] = True
 
-    num_tapes: int = 8
+    num_tapes: int | None = None
     products: Products = "reverse_over_reverse"
 
     def __post_init__(self) -> None:
-        if self.num_tapes != 0:
+        if self.num_tapes is not None and self.num_tapes != 0:
             check_count("num_tapes", self.num_tapes)
         check_products(self.products)
 
+    def num_tapes_of(self, size: int) -> int:
+        """How many tapes of ``size`` bytes there may be."""
+        if self.num_tapes is not None:
+            return self.num_tapes
+        return min(MOST_TAPES, max(LEAST_TAPES, TAPES_BYTES // max(size, 1)))
+
     def solve(self, run: Run, report: AdjointReport) -> Descent:
         """The descent, with its steps kept."""
-        pieces: list[Segment | Step] = []
-        first = run.method.num_steps - self.num_tapes
-        tapes = self.products == "reverse_over_reverse"
-
-        def recording(number: int) -> Recording:
-            return "tape" if tapes and number >= first else "values"
+        if self.products == "forward_over_reverse":
+            return self._step_by_step(run, report)
+        num_tapes = self.num_tapes_of(run.problem.tape_bytes)
+        first = run.method.num_steps - num_tapes
+        segments: list[Segment] = []
 
         def keep(step: Step) -> None:
-            if step.tape is not None or not tapes:
-                pieces.append(step)
-                return
-            last = pieces[-1] if pieces else None
-            if not isinstance(last, Segment) or not last.extended(step, self.num_tapes):
-                pieces.append(Segment.of(step))
+            last = segments[-1] if segments else None
+            if last is None or not last.extended(step, num_tapes):
+                segments.append(Segment.of(step))
 
-        descent = run.descend(recording, on_step=keep)
+        def recording(number: int) -> Recording:
+            return "chain" if number >= first else "values"
+
+        recorded = run.descend(recording, on_step=keep)
+        descent, chain = recorded.without_graph(), [recorded]
 
         def pullback(ybar: Tensor, path: Tensor | None) -> Gradients:
             with run.problem.again():
                 sweep = SegmentSweep(run, descent, ybar, path, report, self.products)
-                sweep.back_through_segments(reversed(pieces))
+                rest = segments
+                if chain and segments and segments[-1].in_chain:  # whose graph can be used once
+                    sweep.back_through_chain(segments[-1], chain.pop())
+                    rest = segments[:-1]
+                sweep.back_through_segments(reversed(rest))
+                return sweep.gradients(reaches_start=True)
+
+        return attached(run, descent, self.name, pullback)
+
+    def _step_by_step(self, run: Run, report: AdjointReport) -> Descent:
+        steps: list[Step] = []
+        descent = run.descend(lambda number: "values", on_step=steps.append)
+
+        def pullback(ybar: Tensor, path: Tensor | None) -> Gradients:
+            with run.problem.again():
+                sweep = Sweep(run, descent, ybar, path, report, self.products)
+                sweep.back_through(reversed(steps))
                 return sweep.gradients(reaches_start=True)
 
         return attached(run, descent, self.name, pullback)
@@ -137,5 +165,4 @@ def _of(step: Step, rows: Tensor) -> Step:
         state=tuple(s[places] for s in step.state),
         g=step.g[places],
         factors=None if step.factors is None else step.factors[places],
-        tape=None,
     )

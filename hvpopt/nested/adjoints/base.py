@@ -69,6 +69,8 @@ class Adjoint(ABC):
     name: ClassVar[str]
     follows_iterates: ClassVar[bool] = False
     """Whether gradients may enter at every iterate, and go through every step to y0."""
+    differentiates_steps: ClassVar[bool] = True
+    """Whether it is made of derivatives of steps, some or all; else it looks at the end alone."""
 
     def check(self, method: Method, *, keep_iterates: bool) -> None:
         """Lets a method pass that the adjoint can follow.
@@ -76,7 +78,7 @@ class Adjoint(ABC):
         Raises:
             ValueError: For another, or iterates of which the adjoint knows nothing.
         """
-        if method.is_second_order and self.follows_iterates:
+        if method.is_second_order and self.differentiates_steps:
             raise ValueError(
                 f"adjoint={self.name!r} does not go with {type(method).__name__}, whose steps "
                 "would take third derivatives: choose 'implicit' or 'neumann'."

@@ -23,8 +23,6 @@ from hvpopt.nested.descent import Run
 from hvpopt.nested.energy import Once
 from hvpopt.nested.hessian import InnerHessian
 from hvpopt.nested.joint import Products, check_products
-from hvpopt.nested.methods import Method
-from hvpopt.nested.rows import per_row
 from hvpopt.nested.status import InferenceStatus
 from hvpopt.options import check_count, check_range
 from hvpopt.solvers import Status
@@ -50,6 +48,18 @@ class System:
     report: AdjointReport
     """Where to note what the solution took."""
 
+    def report_on(self, residual_norms: Tensor, steps: Tensor, status: Tensor) -> Tensor:
+        """Notes (k,) each; returns the residuals relative to b, those of which are noted."""
+        where = slice(None) if self.rows is None else self.rows
+        size, b, report = len(self.run.y0), self.b, self.report
+        report.residuals = b.new_zeros(size)
+        report.steps = torch.zeros(size, dtype=torch.int64, device=b.device)
+        report.status = torch.zeros_like(report.steps)
+        relative = residual_norms / b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
+        report.residuals[where] = relative.to(b.dtype)
+        report.steps[where], report.status[where] = steps, status
+        return report.residuals[where]
+
 
 @dataclass(frozen=True)
 class AtSolution(Adjoint):
@@ -60,6 +70,8 @@ class AtSolution(Adjoint):
             part of what it was at y0; ∞ never warns.
         products: How (Hv, Cv) are computed (`hvpopt.nested.joint`).
     """
+
+    differentiates_steps: ClassVar[bool] = False
 
     _: KW_ONLY
     residual_warning: float = 1e-3
@@ -88,9 +100,11 @@ class AtSolution(Adjoint):
                         leaf = u.clone().requires_grad_()
                         (ybar,) = torch.autograd.grad(run.domain.point(leaf), leaf, ybar)
                     b = hessian.project(ybar.flatten(1))
-                    v = self.inverse(System(run, hessian, b, rows, report))
-                    sums.add(hessian.mixed(v).Cv, rows, sign=-1.0)
+                    v = self.inverse(system := System(run, hessian, b, rows, report))
+                    joint = hessian.joint(v)
+                    sums.add(joint.Cv, rows, sign=-1.0)
                     report.num_products += hessian.num_products
+                    self.look_at(system, v, joint.Hv)
             return sums.gradients(None)
 
         return attached(run, descent, self.name, pullback)
@@ -98,6 +112,9 @@ class AtSolution(Adjoint):
     @abstractmethod
     def inverse(self, system: System) -> Tensor:
         """v with H v ≈ b, both (k, n)."""
+
+    def look_at(self, system: System, v: Tensor, product: Tensor) -> None:
+        """Notes how well v, with H v = ``product``, solves the system."""
 
     def _warn(self, run: Run, descent: Descent) -> None:
         fine = descent.status != InferenceStatus.DIVERGED.code
@@ -147,22 +164,14 @@ class Implicit(AtSolution):
 
     def inverse(self, system: System) -> Tensor:
         """(H + λ)⁻¹ b."""
-        hessian, b, report = system.hessian, system.b, system.report
+        hessian, b = system.hessian, system.b
         solve = batched_cg if self.solver == "cg" else batched_minres
         found = solve(
             lambda v, places: hessian(v, places) + self.damping * v if self.damping
             else hessian(v, places),
             b, max_steps=self.max_steps, rtol=self.rtol,
         )  # fmt: skip
-        where = slice(None) if system.rows is None else system.rows
-        size = len(system.run.y0)
-        report.residuals = b.new_zeros(size)
-        report.steps = torch.zeros(size, dtype=torch.int64, device=b.device)
-        report.status = torch.zeros_like(report.steps)
-        report.residuals[where] = (
-            found.residual_norms / b.norm(dim=1).clamp(min=torch.finfo(b.dtype).tiny)
-        ).to(b.dtype)
-        report.steps[where], report.status[where] = found.num_steps, found.status
+        system.report_on(found.residual_norms, found.num_steps, found.status)
         bent = found.count(Status.NEGATIVE_CURVATURE)
         if bent and _noted_curvature(system.run.problem.energy):
             logger.warning(
@@ -173,60 +182,3 @@ class Implicit(AtSolution):
                 len(b),
             )
         return found.value
-
-
-@dataclass(frozen=True)
-class Neumann(AtSolution):
-    """The implicit gradient with H⁻¹ ≈ α Σ_{k<K} (I − α H)ᵏ, which is right for a contraction.
-
-    At a fixed point of gradient descent with step α it is its K last steps backwards.
-
-    Args:
-        num_terms: K.
-        step_size: α > 0; None for the method's. The series converges where α times the largest
-            eigenvalue of H is below 2.
-        residual_warning: As of `AtSolution`, like ``products``.
-
-    Raises:
-        ValueError: For options out of range.
-
-    Source: Lorraine, Vicol and Duvenaud (AISTATS 2020).
-    """
-
-    name: ClassVar[str] = "neumann"
-
-    num_terms: int = 20
-    step_size: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_terms", self.num_terms)
-        if self.step_size is not None and not check_range("step_size", self.step_size, 0.0) > 0:
-            raise ValueError("step_size=0 sums to nothing; expected a number above 0.")
-
-    def check(self, method: Method, *, keep_iterates: bool) -> None:
-        """Asks for a step size of one's own where the method's is none or changes."""
-        super().check(method, keep_iterates=keep_iterates)
-        size = method.step_size
-        if self.step_size is None and (
-            method.is_second_order or (isinstance(size, Tensor) and size.dim() == 2)
-        ):
-            raise ValueError(
-                f"Neumann finds no step size in {type(method).__name__} that holds for all steps: "
-                "give it one, below 2 over the largest eigenvalue of the energy's Hessian."
-            )
-
-    def inverse(self, system: System) -> Tensor:
-        """α Σ_{k<K} (I − α H)ᵏ b."""
-        alpha: float | Tensor
-        if self.step_size is not None:
-            alpha = self.step_size
-        else:
-            lengths = system.run.lengths(0, system.rows, None)
-            lengths = lengths.detach() if isinstance(lengths, Tensor) else lengths
-            alpha = per_row(lengths, system.b)
-        term, total = system.b, system.b
-        for _ in range(self.num_terms - 1):
-            term = term - alpha * system.hessian(term)
-            total = total + term
-        return alpha * total

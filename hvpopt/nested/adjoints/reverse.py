@@ -90,13 +90,10 @@ class Sweep:
         self.report.num_products += 1
         if self._products == "forward_over_reverse":
             return self._through_parts(step, cotangents, ybar)
-        run, tape = self.run, step.tape
-        step.tape = None  # which can be used once
-        if tape is None:
-            tape = run.look(step.state, step.rows, "tape").tape
-            assert tape is not None
-            tape.after = run.taken(tape, step.number, step.factors)
-        ends = [*tape.after]
+        run = self.run
+        tape = run.look(step.state, step.rows, "tape").tape
+        assert tape is not None
+        ends = [*run.taken(tape, step.number, step.factors)]
         if ybar is not None:
             ends, cotangents = [*ends, tape.y], [*cotangents, ybar]
         goes_on = step.number > 0 or run.y0.requires_grad

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hvpopt.engines.base import reverse
 from hvpopt.nested.adjoints.reverse import Sweep, at
+from hvpopt.nested.book import Descent
 from hvpopt.nested.methods import State
 from hvpopt.nested.points import Step
 
@@ -27,15 +28,17 @@ class Segment:
 
     state: State
     taken: list[Taken]
+    in_chain: bool
+    """Whether the descent recorded the steps, with the state as the graph's leaves."""
 
     @classmethod
     def of(cls, step: Step) -> "Segment":
         """A segment of one step."""
-        return cls(step.state, [Taken(step.number, step.rows, step.factors)])
+        return cls(step.state, [Taken(step.number, step.rows, step.factors)], step.in_chain)
 
     def extended(self, step: Step, length: int) -> bool:
         """Whether there was room for a step, which then belongs to the segment."""
-        if len(self.taken) >= length:
+        if len(self.taken) >= length or step.in_chain != self.in_chain:
             return False
         self.taken.append(Taken(step.number, step.rows, step.factors))
         return True
@@ -44,27 +47,32 @@ class Segment:
 class SegmentSweep(Sweep):
     """The way back, one segment's graph at a time."""
 
-    def back_through_segments(self, segments: Iterable[Segment | Step]) -> None:
-        """Takes the cotangents back through segments and single steps, the last one first."""
+    def back_through_segments(self, segments: Iterable[Segment]) -> None:
+        """Takes the steps of segments again, and goes back through them, the last one first."""
         for segment in segments:
-            if isinstance(segment, Segment):
-                self._back_through(segment)
-            else:
-                self.back_through([segment])
+            self._retake(segment)
 
-    def _back_through(self, segment: Segment) -> None:
+    def back_through_chain(self, segment: Segment, end: Descent) -> None:
+        """Goes back through the last steps, which the descent recorded on its way to its end."""
+        ends = list(zip(end.state, self.cotangents, strict=True))
+        if self.path is not None:
+            assert end.iterates is not None
+            times = torch.arange(len(self.path), device=self.path.device).unsqueeze(1)
+            before_end = (times < end.steps).to(self.path.dtype)
+            before_end = before_end.view(*before_end.shape, *[1] * (self.path.dim() - 2))
+            ends.append((end.iterates, self.path * before_end))
+        self._reverse(segment, segment.state, ends)
+
+    def _retake(self, segment: Segment) -> None:
         run, problem = self.run, self.run.problem
-        goes_on = segment.taken[0].number > 0 or run.y0.requires_grad
-        start = tuple(s.detach().clone().requires_grad_(goes_on) for s in segment.state)
+        start = tuple(s.detach().clone().requires_grad_() for s in segment.state)
         state, rows = start, segment.taken[0].rows
-        xs = problem.select(rows)
-        sources = [(rows, problem.leaves_of(xs))]
+        xs = problem.select(rows, "chain")
         ends: list[tuple[Tensor, Tensor]] = []
         for step in segment.taken:
             if step.rows is not None and (rows is None or len(rows) != len(step.rows)):
                 state = self._leave(state, rows, step.rows, ends)
-                rows, xs = step.rows, problem.select(step.rows)
-                sources.append((rows, problem.leaves_of(xs)))
+                rows, xs = step.rows, problem.select(step.rows, "chain")
             y = run.domain.point(state[0])
             y = y if y.requires_grad else y.detach().requires_grad_()
             _, g = problem.gradient(xs, y, rows, create_graph=True)
@@ -73,19 +81,22 @@ class SegmentSweep(Sweep):
             alpha = run.lengths(step.number, rows, step.factors)
             state = run.method.advance(run.domain, state, y, g, alpha)
         ends += [(s, at(c, rows)) for s, c in zip(state, self.cotangents, strict=True)]
-        leaves = [v for _, of in sources for v in of]
+        self._reverse(segment, start, ends)
+
+    def _reverse(self, segment: Segment, start: State, ends: list[tuple[Tensor, Tensor]]) -> None:
+        """The cotangents of a segment's start, of those of what it leads to."""
+        run, problem = self.run, self.run.problem
+        goes_on = segment.taken[0].number > 0 or run.y0.requires_grad
         start = start if goes_on else ()
-        by = [*start, *leaves, *problem.theta, *self.sizes]
+        by = [*start, *problem.leaves, *problem.theta, *self.sizes]
         found = reverse([e for e, _ in ends], by, [c for _, c in ends], retain_graph=False)
         self.report.num_products += len(segment.taken)
         if self.sizes:
             self.add_sizes(found.pop())
-        moved = [found.pop(0) for _ in start]
         if goes_on:
-            self.replace(segment.taken[0].rows, [m for m in moved if m is not None])
-        for rows, of in sources:
-            self.sums.add([found.pop(0) for _ in of], rows)
-        self.sums.add([*[None] * len(problem.inputs), *found], None)
+            moved = [m for m in found[: len(start)] if m is not None]
+            self.replace(segment.taken[0].rows, moved)
+        self.sums.add(found[len(start) :], None)
 
     def _leave(
         self, state: State, rows: Tensor | None, after: Tensor, ends: list[tuple[Tensor, Tensor]]

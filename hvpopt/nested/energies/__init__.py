@@ -6,9 +6,11 @@
 | `deep_value_network` | the same with an offset; σ(−E) is the predicted quality of y |
 | `input_convex` | convex in y |
 | `denoising` | nearness to a noisy image and a convolutional prior |
+| `feedforward` | nearness to the output of a network |
 
-Each returns an `EncodedEnergy`, whose encoder computes once what depends on x alone, and whose head
-is what inference sees.
+Each function returns an `EncodedEnergy`, whose encoder computes once what depends on x alone, and
+whose head is what inference sees. `KnownEntries` and `KnownMeasurements` make any head one of which
+entries or measurements of y are known.
 """
 
 from hvpopt.nested.energies.base import EncodedEnergy, Encoder
@@ -19,6 +21,8 @@ from hvpopt.nested.energies.denoising import (
     NoisyImage,
     denoising,
 )
+from hvpopt.nested.energies.guess import Guess, GuessDistance, feedforward
+from hvpopt.nested.energies.known import KnownEntries, KnownMeasurements
 from hvpopt.nested.energies.layers import MLPEncoder
 from hvpopt.nested.energies.local_global import LocalGlobal, deep_value_network, spen
 
@@ -29,11 +33,16 @@ __all__ = [
     "DenoisingHead",
     "EncodedEnergy",
     "Encoder",
+    "Guess",
+    "GuessDistance",
+    "KnownEntries",
+    "KnownMeasurements",
     "LocalGlobal",
     "MLPEncoder",
     "NoisyImage",
     "deep_value_network",
     "denoising",
+    "feedforward",
     "input_convex",
     "spen",
 ]

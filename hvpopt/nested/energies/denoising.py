@@ -37,6 +37,8 @@ class ConvolutionalPrior(nn.Module):
         widths: channels of the hidden convolutions.
         kernel_size: of the hidden convolutions, odd.
         activation: a smooth one; others are warned of.
+        gain: factor on the first convolution's weights at the start of training. What the prior is
+            to see must reach where the activation bends: a linear prior tells nothing apart.
 
     Raises:
         ValueError: for an argument out of range.
@@ -49,6 +51,7 @@ class ConvolutionalPrior(nn.Module):
         widths: Sequence[int] = (25, 25),
         kernel_size: int = 5,
         activation: str = "softplus",
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         if check_count("kernel_size", kernel_size) % 2 == 0:
@@ -63,6 +66,8 @@ class ConvolutionalPrior(nn.Module):
             convolution = nn.Conv2d(num_in, num_out, kernel_size, padding=kernel_size // 2)
             parts += [convolution, layers.activation(activation)]
         self.net = nn.Sequential(*parts, nn.Conv2d(sizes[-1], 1, 1, bias=False))
+        with torch.no_grad():
+            next(self.net.parameters()).mul_(check_range("gain", gain, 1e-6))
 
     def forward(self, y: Tensor) -> Tensor:
         """Numbers `[B]` of images `[B, C, H, W]`."""
@@ -98,6 +103,7 @@ def denoising(
     widths: Sequence[int] = (25, 25),
     kernel_size: int = 5,
     activation: str = "softplus",
+    gain: float = 1.0,
     fidelity: float = 1.0,
 ) -> EncodedEnergy:
     """The energy of clean images y given noisy ones x, both `[B, C, H, W]`: nearness to x and a
@@ -109,12 +115,14 @@ def denoising(
         widths: channels of the prior's hidden convolutions.
         kernel_size: of them, odd.
         activation: of the prior, a smooth one; others are warned of.
+        gain: factor on the first convolution's weights at the start of training; about the inverse
+            of the noise's deviation.
         fidelity: weight of the nearness at the start of training.
 
     Raises:
         ValueError: for an argument out of range.
     """
     prior = ConvolutionalPrior(
-        num_channels, widths=widths, kernel_size=kernel_size, activation=activation
+        num_channels, widths=widths, kernel_size=kernel_size, activation=activation, gain=gain
     )
     return EncodedEnergy(NoisyImage(), DenoisingHead(prior, fidelity=fidelity))

@@ -3,6 +3,7 @@
 | class | learns from |
 |---|---|
 | `LabelByLabel` | the encoder's scores alone, as a classifier |
+| `FirstGuess` | the error of the first guess, without inference |
 | `EndToEnd` | the error of inference's output, differentiated through inference |
 | `StructuredHinge` | the most offending output of loss-augmented inference |
 | `DeepValue` | the quality of inferred and adversarial outputs, as a regression |
@@ -14,6 +15,7 @@ from hvpopt.nested.losses.classification import LabelByLabel
 from hvpopt.nested.losses.contrast import Contrastive, Ranking
 from hvpopt.nested.losses.deep_value import DeepValue
 from hvpopt.nested.losses.end_to_end import EndToEnd
+from hvpopt.nested.losses.first_guess import FirstGuess
 from hvpopt.nested.losses.hinge import AugmentedHead, StructuredHinge
 from hvpopt.nested.losses.task import log_loss, soft_f1, soft_f1_loss, squared_loss
 
@@ -22,6 +24,7 @@ __all__ = [
     "Contrastive",
     "DeepValue",
     "EndToEnd",
+    "FirstGuess",
     "LabelByLabel",
     "Loss",
     "LossValue",

@@ -21,6 +21,9 @@ class EndToEnd:
     With `iterates="all"` every iterate y_1 … y_T is penalised, with weights proportional to
     1 / (T − t + 1), which ask for good outputs early.
 
+    With the adjoint "unrolled" optimizers may take products of its second derivatives, and of its
+    Gauss-Newton matrix (1/B) Σ Jᵀ ∇²Δ J, J = ∂ŷ/∂θ, for "squared" and "log", which are convex.
+
     Arguments:
         task_loss: Δ: "squared", "log" or "soft_f1".
         iterates: "last" or "all".

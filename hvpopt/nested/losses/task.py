@@ -1,4 +1,8 @@
-"""How wrong an output is: per-example errors and qualities of soft labels y ∈ [0, 1]ᴸ."""
+"""How wrong an output is: per-example errors and qualities of soft labels y ∈ [0, 1]ᴸ.
+
+The convex ones are computed by torch's own loss functions, at which a Gauss-Newton matrix of the
+training loss splits it into the output of inference and the error of that.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["TASK_LOSSES", "TaskLossName", "log_loss", "soft_f1", "soft_f1_loss", "squared_loss"]
@@ -31,15 +36,17 @@ def _check_shapes(y: Tensor, target: Tensor) -> None:
 def squared_loss(y: Tensor, target: Tensor) -> Tensor:
     """‖y − y*‖² of each example, `[B]`."""
     _check_shapes(y, target)
-    return (y - target).square().flatten(1).sum(1)
+    return F.mse_loss(y, target.to(y.dtype), reduction="none").flatten(1).sum(1)
 
 
 def log_loss(y: Tensor, target: Tensor) -> Tensor:
     """−Σ y* log y + (1 − y*) log(1 − y) of each example, `[B]`, with y kept 1e-6 away from 0 and 1,
     so that a wrong corner costs 13.8 and not infinity."""
     _check_shapes(y, target)
-    y = y.clamp(_SMALLEST, 1 - _SMALLEST)
-    return -(target * y.log() + (1 - target) * torch.log1p(-y)).flatten(1).sum(1)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    y, target = y.to(wide).clamp(_SMALLEST, 1 - _SMALLEST), target.to(wide)
+    with torch.autocast(y.device.type, enabled=False):  # which refuses probabilities
+        return F.binary_cross_entropy(y, target, reduction="none").flatten(1).sum(1)
 
 
 def soft_f1(y: Tensor, target: Tensor) -> Tensor:
