@@ -20,7 +20,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from hvpopt.cli.errors import UserError
 from hvpopt.cli.overrides import parse
 
-__all__ = ["fill_subjects"]
+__all__ = ["fill_subjects", "short_names"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def fill_subjects(config: DictConfig, overrides: Sequence[str]) -> None:
             "(several as [FILE,FILE])."
         )
     files = [_file(Path(str(path))) for path in paths]
-    names = _short_names(files)
+    names = short_names(files)
     config.task.subjects = [
         str(file) if file.suffix == ".json" else _subject(config, overrides, file, name)
         for file, name in zip(files, names, strict=True)
@@ -130,7 +130,7 @@ def _with_overrides(
     return merged
 
 
-def _short_names(files: Sequence[Path]) -> list[str]:
+def short_names(files: Sequence[Path]) -> list[str]:
     """What tells the files apart: their paths without the folders that all share."""
     plain = [file.with_suffix("") for file in files]
     parts = [[p for p in path.parts if p != "checkpoints"] for path in plain]

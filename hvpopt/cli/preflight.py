@@ -75,8 +75,10 @@ class _Check:
                     f"{line(override)} names several values: add -m to run one after the other, "
                     f"or write [...] if a list is meant."
                 )
-        groups = [override for override in overrides if self._is_group(override)]
-        values = [override for override in overrides if not self._is_group(override)]
+        groups: list[Override] = []
+        values: list[Override] = []
+        for override in overrides:
+            (groups if self._is_group(override) else values).append(override)
         for override in groups:
             self._check_options(override)
         unlisted: set[str] = set()

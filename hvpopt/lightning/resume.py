@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import lightning
 import numpy as np
 import torch
 
-__all__ = ["RandomState", "check_checkpoint"]
+__all__ = ["RandomState", "check_checkpoint", "check_network", "load_checkpoint"]
 
 
 class RandomState(lightning.Callback):
@@ -97,11 +98,8 @@ def check_checkpoint(
         ValueError: if it is no checkpoint of Lightning, belongs to another network or optimizer,
             or has all of `max_epochs` behind it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such file.")
-    checkpoint = _load(path)
-    _check_network(path, checkpoint["state_dict"], module.state_dict())
+    checkpoint = load_checkpoint(path, ("state_dict", "optimizer_states", "loops"))
+    check_network(path, checkpoint["state_dict"], module.state_dict())
     _check_optimizer(path, checkpoint.get("optimizer_name"), module)
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if max_epochs is not None and max_epochs != -1 and epochs >= max_epochs:
@@ -111,23 +109,48 @@ def check_checkpoint(
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, needed: Collection[str]) -> dict[str, Any]:
+    """What a checkpoint of Lightning holds, on the CPU.
+
+    Arguments:
+        path: a file that Lightning's `ModelCheckpoint` wrote.
+        needed: the parts of it that it must hold.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, or lacks one of the parts.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such file.")
     try:
+        # weights_only: wherever the file came from, loading it runs no code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes of another file can make the reader raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"ckpt_path={path} cannot be read as a checkpoint: {reason}") from error
-    needed = {"state_dict", "optimizer_states", "loops"}
-    missing = needed - set(checkpoint if isinstance(checkpoint, dict) else ())
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint (it is damaged, or holds more than "
+            f"weights): {reason}"
+        ) from error
+    missing = set(needed) - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(
-            f"ckpt_path={path} is not a checkpoint of a training run: it lacks "
+            f"ckpt_path={path} is not a checkpoint of Lightning: it lacks "
             f"{', '.join(sorted(missing))}."
         )
     return checkpoint
 
 
-def _check_network(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_network(path: str | Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Lets a checkpoint's weights pass that fit the network.
+
+    Arguments:
+        path: the checkpoint, for messages.
+        saved: its tensors by name.
+        current: the network's.
+
+    Raises:
+        ValueError: for the first tensor that only one of them has, or whose shapes differ.
+    """
     for name in [*current, *saved]:
         ours, theirs = (
             tuple(state[name].shape) if name in state else "absent" for state in (current, saved)
@@ -139,7 +162,9 @@ def _check_network(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
             )
 
 
-def _check_optimizer(path: Path, saved: str | None, module: lightning.LightningModule) -> None:
+def _check_optimizer(
+    path: str | Path, saved: str | None, module: lightning.LightningModule
+) -> None:
     make_optimizer = getattr(module, "make_optimizer", None)
     if saved is None or make_optimizer is None:
         return

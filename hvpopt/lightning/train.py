@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from hvpopt.lightning.results import hyperparameters, log_results
 from hvpopt.lightning.resume import check_checkpoint
 
-__all__ = ["train"]
+__all__ = ["checked_trainer", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def train(
             refuses its arguments, the network does not accept the data's images, or the checkpoint
             cannot be resumed from.
     """
-    fitter = _checked_trainer(module, data, trainer, callbacks or {}, logger, ckpt_path)
+    fitter = checked_trainer(module, data, trainer, callbacks or {}, logger, ckpt_path)
 
     with _quiet_lightning():
         start = time.perf_counter()
@@ -82,7 +82,7 @@ def train(
     return results
 
 
-def _checked_trainer(
+def checked_trainer(
     module: lightning.LightningModule,
     data: lightning.LightningDataModule,
     trainer: Callable[..., lightning.Trainer],
@@ -90,7 +90,11 @@ def _checked_trainer(
     logger: Logger | None,
     ckpt_path: str | Path | None,
 ) -> lightning.Trainer:
-    """The Trainer, after all checks that need no data."""
+    """The Trainer, after all checks that need no data; the arguments are those of `train`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `train`.
+    """
     _check_optimizer(module)
     _check_shapes(module, data)
     fitter = _make_trainer(trainer, callbacks, logger)

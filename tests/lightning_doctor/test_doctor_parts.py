@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from hvpopt import trees
-from hvpopt.lightning.doctor.cost import medians, peak_bytes
+from hvpopt.lightning.cost import peak_bytes
+from hvpopt.lightning.doctor.cost import medians
 from hvpopt.lightning.doctor.report import columns
 from hvpopt.lightning.doctor.subject import Subject, differences, distance
 
@@ -80,6 +81,8 @@ def test_peak_memory_is_the_most_that_was_held_at_once():
 
     assert peak_bytes(task, CPU) == pytest.approx(4 * 2**20, rel=1e-3)
     assert peak_bytes(lambda: None, CPU) == 0
+    with pytest.raises(ValueError, match="known of the CPU and of CUDA, not of meta"):
+        peak_bytes(lambda: None, torch.device("meta"))
 
 
 def test_times_are_medians_of_rounds_in_turns():

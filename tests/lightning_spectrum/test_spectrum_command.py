@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from spectrum_modules import Points, Regression, report
 
 from hvpopt import cli
-from hvpopt.cli.checkpoints import _short_names
+from hvpopt.cli.checkpoints import short_names
 from hvpopt.lightning.spectrum import Compare, Spectrum, Subject, read_json, write_json
 from hvpopt.lightning.spectrum.subjects import load_weights, loader_of
 
@@ -107,6 +107,20 @@ def test_checkpoints_are_compared_with_each_other_and_with_an_earlier_report(hvp
     assert found[0].num_params != found[1].num_params
 
 
+def test_a_loss_that_sums_over_labels_needs_no_options(hvpopt, tmp_path):
+    chosen = [x for x in TRAIN if x.startswith(("trainer", "callbacks.progress"))]
+    chosen += ["trainer.log_every_n_steps=1", "data.batch_size=16"]
+    sizes = ["data.num_train=50", "data.num_val=8", "data.num_test=8"]
+    code, _, err = hvpopt("experiment=blocks_mlp", *chosen, *sizes, "hydra.run.dir=mlp")
+    assert code == 0, err
+    code, out, err = hvpopt("task=spectrum", "ckpt_path=mlp", *FEW)
+    assert (code, err) == (0, "")
+    (found,) = read_json(tmp_path / "out" / "spectrum.json")
+    assert found.weights == "weighed by their examples, over which they are means"
+    assert f"losses of the train data, 4 batches are {found.weights}." in out
+    assert "4 batches, weighed by their examples" in (tmp_path / "out/spectrum.html").read_text()
+
+
 MISTAKES = {
     "task=spectrum": "ckpt_path: this task needs a checkpoint, ckpt_path=FILE or a run's folder",
     "task=spectrum ckpt_path=nope": "ckpt_path=nope: there is no such file.",
@@ -168,7 +182,7 @@ def test_without_a_runs_configuration_the_given_model_is_taken(hvpopt, copied):
     ],
 )
 def test_names_are_what_tells_the_checkpoints_apart(files, names):
-    assert _short_names([Path(file) for file in files]) == names
+    assert short_names([Path(file) for file in files]) == names
 
 
 class Evil:
@@ -213,6 +227,24 @@ def test_weights_alone_are_enough(tmp_path):
     x, y = Points().points
     assert found.loss == pytest.approx((x.sum(1) - y).square().mean().item())
     assert found.name == "ones"
+
+
+def test_a_module_hears_of_a_trainers_checkpoint_before_its_weights_come(tmp_path):
+    class Phased(Regression):
+        phase = 0
+
+        def on_load_checkpoint(self, checkpoint):
+            assert torch.equal(self.first.weight, Regression().first.weight)
+            self.phase = checkpoint["phase"]
+
+    content = {"state_dict": {n: 0 * x for n, x in Regression().state_dict().items()}, "phase": 2}
+    torch.save(content, tmp_path / "weights.ckpt")
+    torch.save({**content, "pytorch-lightning_version": "2.6"}, tmp_path / "trained.ckpt")
+    for name, phase in (("weights", 0), ("trained", 2)):
+        module = Phased()
+        load_weights(tmp_path / f"{name}.ckpt", module)
+        assert module.phase == phase
+        assert not module.first.weight.any()
 
 
 def test_without_matplotlib_nothing_is_measured(monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """What each engine can do with a closure: support, correctness, cost."""
 
-import gc
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +10,8 @@ from hvpopt import trees
 from hvpopt.engines.blame import line
 from hvpopt.engines.choice import EngineChoice, EngineName
 from hvpopt.engines.split import CurvatureName
-from hvpopt.lightning.doctor.cost import Task, medians, peak_bytes
+from hvpopt.lightning.cost import peak_bytes
+from hvpopt.lightning.doctor.cost import Task, medians
 from hvpopt.lightning.doctor.looking import messages, oracle_of, sentence
 from hvpopt.lightning.doctor.report import EngineFinding
 from hvpopt.lightning.doctor.subject import Subject, distance
@@ -59,7 +59,6 @@ def examine_engines(
         reference: H v by differences of gradients.
         seconds: that the timing of one engine and matrix may take.
     """
-    gc.collect()  # so that nothing older is released while memory is measured
     gradient_bytes = _gradient_bytes(subject)
     findings: list[EngineFinding] = []
     products: dict[tuple[str, str], list[TensorList]] = {}
@@ -120,7 +119,7 @@ def _cost(
             oracle.trace_along(v, curvature)
 
     with messages():
-        peak = peak_bytes(first, subject.device)
+        peak = _peak(first, subject.device)
         with oracle_of(subject, choice) as oracle:
             further = partial(oracle.trace(curvature).product, v)
             gradient = partial(_in_isolation, subject, subject.closure)
@@ -136,7 +135,12 @@ def _gradient_bytes(subject: Subject) -> float:
         with oracle_of(subject, EngineChoice("graph")) as oracle:
             oracle.gradient()
 
-    return peak_bytes(gradient, subject.device)
+    return _peak(gradient, subject.device)
+
+
+def _peak(task: Task, device: torch.device) -> float:
+    """The peak memory; NaN on devices where it is not recorded."""
+    return float(peak_bytes(task, device)) if device.type in ("cpu", "cuda") else math.nan
 
 
 def _in_isolation(subject: Subject, task: Task) -> object:

@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,13 @@ from hvpopt.lightning.attachment import attached, batch_for, loss_of_training_st
 from hvpopt.lightning.doctor.curvature import (
     automatic_choice,
     examine_likelihood,
-    examine_products,
     examine_split,
 )
 from hvpopt.lightning.doctor.determinism import examine_determinism
+from hvpopt.lightning.doctor.double import check_in_double
 from hvpopt.lightning.doctor.engines import Engines, examine_engines
-from hvpopt.lightning.doctor.looking import one_line
+from hvpopt.lightning.doctor.looking import one_line, sentence
+from hvpopt.lightning.doctor.products import ProductCheck, examine_products
 from hvpopt.lightning.doctor.report import DoctorReport, Finding
 from hvpopt.lightning.doctor.settings import examine_settings
 from hvpopt.lightning.doctor.step import try_step
@@ -120,8 +122,9 @@ class _Examination:
         if of_batch is None:
             assert isinstance(module, L.LightningModule)
             of_batch = loss_of_training_step(module, trainer)
-        ready = batch_for(module, trainer, batch)
-        self._subject = Subject(module, trainer, params, partial(of_batch, ready), optimizers)
+        self._of_batch, self._batch = of_batch, batch_for(module, trainer, batch)
+        of_this = partial(of_batch, self._batch)
+        self._subject = Subject(module, trainer, params, of_this, optimizers)
 
     def _optimizers_of(self, given: Optimizer | None) -> list[Optimizer]:
         """The optimizers, connected with the trainer."""
@@ -142,19 +145,24 @@ class _Examination:
                 return []
         else:
             return []
-        return [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
+        found = [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
+        if not found and module.automatic_optimization:
+            text = "configure_optimizers returned None, with which Lightning trains nothing"
+            remedy = "Return an optimizer, such as hvpopt.NewtonCG(self.parameters())."
+            self._findings.append(Finding("optimizer", "note", text, remedy))
+        return found
 
     def report(self, callbacks: Sequence[L.Callback], seconds: float, seed: int) -> DoctorReport:
         """All findings."""
         subject, module = self._subject, self._module
         loss, grad_norm = self._loss()
-        engines, reference = Engines((), math.nan, math.nan), None
+        engines, check = Engines((), math.nan, math.nan), ProductCheck(math.nan)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             v = trees.normal_like(subject.params, torch.Generator().manual_seed(seed))
-            reference = differences(subject, v)
-            engines = examine_engines(subject, v, reference.product, seconds=seconds)
+            reference, check = self._reference(v)
+            engines = examine_engines(subject, v, reference, seconds=seconds)
             self._findings += examine_determinism(subject)
-            self._findings += examine_products(engines.findings, reference.error)
+            self._findings += examine_products(engines.findings, check)
             self._findings += [examine_split(subject), examine_likelihood(subject)]
             for curvature in ("hessian", "ggn"):
                 self._findings.append(automatic_choice(subject, curvature))
@@ -173,10 +181,24 @@ class _Examination:
             grad_norm=grad_norm,
             gradient_seconds=engines.gradient_seconds,
             gradient_bytes=engines.gradient_bytes,
-            difference_error=math.nan if reference is None else reference.error,
+            difference_error=check.difference_error,
             engines=engines.findings,
             findings=tuple(self._findings),
         )
+
+    def _reference(self, v: TensorList) -> tuple[TensorList, ProductCheck]:
+        """H v by differences of gradients, in float64 where they are too rough otherwise."""
+        subject = self._subject
+        found = differences(subject, v)
+        check = ProductCheck(found.error)
+        if not check.is_rough or all(p.dtype == torch.float64 for p in subject.params):
+            return found.product, check
+        try:
+            double = check_in_double(subject, self._of_batch, self._batch, v)
+        except Exception as error:  # of a module that does not run in float64
+            return found.product, replace(check, refusal=sentence(error))
+        check = ProductCheck(double.reference.error, errors_in_double=double.errors)
+        return double.reference.product, check
 
     def _loss(self) -> tuple[float, float]:
         """The loss and the norm of its gradient; NaN where there is none."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from hvpopt.engines.ranks import FSDP
 from hvpopt.lightning.callbacks import CurvatureMonitor
+from hvpopt.lightning.doctor.looking import one_line
 from hvpopt.lightning.doctor.report import Finding, Verdict
 from hvpopt.optim.base import ClosureOptimizer
 
@@ -40,7 +41,7 @@ def examine_settings(
         *_optimization(trainer, module, optimizers, name),
         *_clipping(trainer, module, name),
         *_accumulation(trainer, callbacks, name),
-        *_callbacks(callbacks, module),
+        *_callbacks(trainer, callbacks, module),
     ]
     order: list[Verdict] = ["failure", "warning", "note", "ok"]
     if not findings:
@@ -154,7 +155,9 @@ def _clipping(trainer: L.Trainer, module: L.LightningModule, name: str) -> Itera
     )
 
 
-def _callbacks(callbacks: Sequence[L.Callback], module: L.LightningModule) -> Iterator[Finding]:
+def _callbacks(
+    trainer: L.Trainer, callbacks: Sequence[L.Callback], module: L.LightningModule
+) -> Iterator[Finding]:
     for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             yield Finding(
@@ -164,8 +167,20 @@ def _callbacks(callbacks: Sequence[L.Callback], module: L.LightningModule) -> It
                 "the end",
             )
         if isinstance(callback, CurvatureMonitor):
-            try:
-                callback._probe.check(module)
-            except ValueError as error:
-                text = "CurvatureMonitor refuses the module"
-                yield Finding("callbacks", "failure", text, str(error))
+            yield from _monitor(trainer, callback, module)
+
+
+def _monitor(
+    trainer: L.Trainer, monitor: CurvatureMonitor, module: L.LightningModule
+) -> Iterator[Finding]:
+    try:
+        monitor.check(trainer, module)
+    except ValueError as error:
+        yield Finding("callbacks", "failure", "CurvatureMonitor refuses the fit", str(error))
+        return
+    try:
+        monitor.try_probe(trainer, module)
+    except Exception as error:  # the module's own words for the batch
+        text = f"CurvatureMonitor's probe: its loss raised {type(error).__name__}"
+        remedy = f"{one_line(error)} Give batches as the train loader yields them."
+        yield Finding("callbacks", "failure", text, remedy)

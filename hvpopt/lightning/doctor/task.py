@@ -12,7 +12,7 @@ import lightning
 
 from hvpopt.lightning.doctor.examination import doctor
 from hvpopt.lightning.doctor.report import DoctorReport
-from hvpopt.lightning.train import _checked_trainer
+from hvpopt.lightning.train import checked_trainer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run(
         ValueError: if the optimizer, the Trainer or the network refuses the configuration, or
             there is no batch.
     """
-    fitter = _checked_trainer(module, data, trainer, callbacks or {}, None, None)
+    fitter = checked_trainer(module, data, trainer, callbacks or {}, None, None)
     fitter._data_connector.attach_data(module, datamodule=data)  # as trainer.fit does first
     data.prepare_data()
     data.setup("fit")

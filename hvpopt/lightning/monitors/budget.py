@@ -40,7 +40,7 @@ class Budget:
     def __init__(
         self, share: float | None, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.share = None if share is None else check_range("budget", share, 1e-6, 1.0)
+        self.share = None if share is None else _checked_share(share)
         self._clock = clock
         self._start: float | None = None
         self._earlier = 0.0
@@ -94,3 +94,13 @@ class Budget:
         self._earlier, self.spent = state["elapsed"], state["spent"]
         self._costs = dict(state["costs"])
         self._start = None if self._start is None else self._clock()
+
+
+def _checked_share(share: float) -> float:
+    try:
+        return check_range("budget", share, 1e-6, 1.0)
+    except ValueError as error:
+        raise ValueError(
+            f"budget={share!r} is out of range: expected the share of the training time that "
+            "measurements may cost, above 0 and at most 1 (0.05 are 5 %), or None for no limit."
+        ) from error

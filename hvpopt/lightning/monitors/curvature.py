@@ -27,11 +27,11 @@ class CurvatureMonitor(Monitor):
     """Logs the curvature of the loss while any optimizer trains, and shows it in TensorBoard.
 
     At the first and every n-th optimizer step, and when training ends, it measures the Hessian
-    (or the Gauss-Newton matrix) of the module's own ``training_step`` on a fixed probe, as far as
-    the budget allows, and logs under the names that `hvpopt.lightning.callbacks` lists. Scalars
-    go to every logger; TensorBoard also gets a custom layout of them, the spectrum as a histogram
-    over time and as a picture, a heat map of the layers' traces, and slices of the loss along the
-    top eigenvectors. Pictures need matplotlib.
+    (or the Gauss-Newton or Fisher matrix) of the module's own ``training_step`` on a fixed probe,
+    as far as the budget allows, and logs under the names that `hvpopt.lightning.callbacks` lists.
+    Scalars go to every logger; TensorBoard also gets a custom layout of them, the spectrum as a
+    histogram over time and as a picture, a heat map of the layers' traces, and slices of the loss
+    along the top eigenvectors. Pictures need matplotlib.
 
     Training goes on as without it: parameters, gradients, random numbers, buffers, metrics and
     logs are the same to the bit. Under data parallelism the curvature is that of all ranks'
@@ -52,7 +52,7 @@ class CurvatureMonitor(Monitor):
             that does not fit waits. The first measurement, and the pictures when training ends,
             are made in any case, and paid for before there is another. None for no limit.
         num_batches: how many batches of a loader.
-        curvature: "hessian" or "ggn".
+        curvature: "hessian", "ggn" or "fisher".
         engine: see `hvpopt.closure.ClosureOracle`.
         loss: a function of module and batch, in the place of ``training_step``; under manual
             optimization, where that would step the optimizers, one is needed.
@@ -76,7 +76,7 @@ class CurvatureMonitor(Monitor):
         probe: Any = None,
         budget: float | None = 0.05,
         num_batches: int = 1,
-        curvature: Literal["hessian", "ggn"] = "hessian",
+        curvature: Literal["hessian", "ggn", "fisher"] = "hessian",
         engine: EngineName = "auto",
         loss: Loss | None = None,
         max_lanczos_steps: int = 20,
@@ -125,7 +125,13 @@ class CurvatureMonitor(Monitor):
         return self._generate_state_key(prefix=self._prefix)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what cannot be measured, before training begins.
+        """Refuses what cannot be measured, before training begins; raises as `check`."""
+        if stage == "fit":
+            self.check(trainer, pl_module)
+        self._forget()
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets pass what can be measured in a fit.
 
         Raises:
             ValueError: for a module under manual optimization, or whose ``training_step`` reads
@@ -133,9 +139,15 @@ class CurvatureMonitor(Monitor):
                 the probe of a fit without validation.
         """
         self._probe.check(pl_module)
-        if stage == "fit":
-            self._probe.check_source(trainer)
-        self._forget()
+        self._probe.check_source(trainer)
+
+    def try_probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluates the loss on a probe that was given, a batch or a loader; leaves no trace.
+
+        Raises:
+            Exception: whatever the module raises for such a batch.
+        """
+        self._probe.try_out(trainer, pl_module)
 
     def _forget(self) -> None:
         """Lets go of the module's parameters and of vectors of their size."""

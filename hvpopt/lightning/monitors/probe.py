@@ -1,30 +1,42 @@
 """The batches that the curvature is measured on, and the operator over them."""
 
 import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from inspect import signature
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hvpopt.engines.choice import EngineChoice, EngineName
+from hvpopt.lightning.attachment import batch_for
+from hvpopt.lightning.monitors.batches import (
+    check_probe,
+    cloned,
+    first_loader,
+    is_loader,
+    num_rows,
+    on_cpu,
+)
 from hvpopt.lightning.monitors.portable import is_portable, size_in_bytes
-from hvpopt.operators import CurvatureOperator, GGNOperator, HessianOperator
+from hvpopt.lightning.monitors.randomness import seeded
+from hvpopt.operators import CurvatureOperator, FisherOperator, GGNOperator, HessianOperator
 from hvpopt.operators.data import Batches
 
 Loss = Callable[[L.LightningModule, Any], Any]
 
-_OPERATORS: dict[str, type[CurvatureOperator]] = {"hessian": HessianOperator, "ggn": GGNOperator}
+_OPERATORS: dict[str, Callable[..., CurvatureOperator]] = {
+    "hessian": HessianOperator,
+    "ggn": GGNOperator,
+    "fisher": FisherOperator,
+}
 _MAX_STORED = 16 * 2**20
+_WHICH = "This was CurvatureMonitor's probe, which must be batches as the train loader yields them."
 
 
 class SkippedBatchError(Exception):
@@ -43,7 +55,7 @@ class Probe:
             read (each rank takes its share); "val" for the first validation loader of the trainer;
             None for the first training batch that is not skipped.
         num_batches: how many batches of a loader.
-        curvature: "hessian" or "ggn".
+        curvature: "hessian", "ggn" or "fisher".
         engine: see `hvpopt.closure.ClosureOracle`.
         loss: from module and batch to the loss, in the place of ``training_step``.
         seed: of the random numbers in the loss.
@@ -58,15 +70,15 @@ class Probe:
         probe: Any,
         *,
         num_batches: int,
-        curvature: Literal["hessian", "ggn"],
+        curvature: Literal["hessian", "ggn", "fisher"],
         engine: EngineName,
         loss: Loss | None,
         seed: int,
     ) -> None:
         if curvature not in _OPERATORS:
-            raise ValueError(f"curvature={curvature!r} is unknown: choose 'hessian' or 'ggn'.")
-        if isinstance(probe, str) and probe != "val":
-            raise ValueError(f"probe={probe!r} is unknown: give 'val', a batch, or a loader.")
+            names = ", ".join(map(repr, _OPERATORS))
+            raise ValueError(f"curvature={curvature!r} is unknown: choose one of {names}.")
+        check_probe(probe)
         if loss is not None and not callable(loss):
             raise TypeError(f"loss={loss!r}; expected a function of module and batch.")
         EngineChoice(engine)  # refuses an unknown word here, and not during training
@@ -116,7 +128,7 @@ class Probe:
     def offer(self, batch: Any, batch_idx: int) -> None:
         """Notes a training batch before its step, where the first one is to be the probe."""
         if self._source is None and self._items is None:
-            self._candidate = tree_map(_cloned, batch), batch_idx
+            self._candidate = tree_map(cloned, batch), batch_idx
 
     def accept(self) -> None:
         """Takes the batch that was noted: its step was not skipped."""
@@ -132,15 +144,34 @@ class Probe:
         params = [p for p in module.parameters() if p.requires_grad]
         held = self._operator
         if held is None or list(map(id, held.params)) != list(map(id, params)):
-            with _seeded(self._seed + trainer.global_rank, module.device):
+            with seeded(self._seed + trainer.global_rank, module.device):
                 self._operator = held = _OPERATORS[self._curvature](
                     self._loss_of(trainer, module),
                     params,
                     self._items,
                     engine=self._engine,
-                    num_terms=_num_examples,
+                    num_terms=_num_terms,
                 )
         return held
+
+    def try_out(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Evaluates the loss on what was given, unless that comes with the fit.
+
+        Raises:
+            Exception: whatever the module raises for such a batch.
+        """
+        if self._source is None or isinstance(self._source, str):
+            return
+        held = self._items
+        try:
+            operator = self.operator(trainer, module)
+            if operator is not None:
+                operator.loss()
+        except SkippedBatchError:
+            pass
+        finally:
+            self.reset()
+            self._items = held
 
     def reset(self) -> None:
         """Forgets the operator: the module may be another."""
@@ -155,9 +186,14 @@ class Probe:
 
         def loss(item: tuple[Any, int]) -> Any:
             with trainer.precision_plugin.train_step_context():
-                if own is not None:
-                    return own(module, item[0])
-                output = module.training_step(*item[:accepted])
+                try:
+                    if own is not None:
+                        return own(module, item[0])
+                    output = module.training_step(*item[:accepted])
+                except Exception as error:
+                    if self._source is not None:
+                        error.add_note(_WHICH)
+                    raise
             if output is None:
                 raise SkippedBatchError
             return dict(output) if isinstance(output, Mapping) else output
@@ -171,7 +207,7 @@ class Probe:
             return None
         step = 1
         if isinstance(source, str):
-            source = _first_loader(trainer.val_dataloaders)  # which has this rank's batches
+            source = first_loader(trainer.val_dataloaders)  # which has this rank's batches
             if source is None:
                 return None
         elif is_loader(source):
@@ -183,7 +219,12 @@ class Probe:
         with closing(Batches(source, params).passes("probe")) as batches, isolate_rng():
             first = trainer.global_rank if step > 1 else 0
             for index, batch in itertools.islice(batches, first, self._num_batches, step):
-                items.append((_on_device(trainer, batch), index))
+                items.append((batch_for(trainer.lightning_module, trainer, batch), index))
+        if not items and trainer.world_size == 1:
+            raise ValueError(
+                f"CurvatureMonitor's probe, a {type(source).__name__}, yields no batch: give it a "
+                "loader of at least one, or a batch."
+            )
         return items
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +235,7 @@ class Probe:
         """
         if self._source is not None or self._items is None:
             return {}
-        item: Any = tree_map(_on_cpu, self._items[0])
+        item: Any = tree_map(on_cpu, self._items[0])
         if not is_portable(item) or size_in_bytes(item) > _MAX_STORED:
             item = None
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -223,47 +264,7 @@ class Probe:
         self._items = [(move_data_to_device(batch, trainer.strategy.root_device), batch_idx)]
 
 
-def is_loader(probe: Any) -> bool:
-    """Whether something holds batches and is no batch."""
-    is_batch = isinstance(probe, (Tensor, Mapping, Sequence))
-    return not is_batch and (isinstance(probe, Iterable) or hasattr(probe, "__getitem__"))
-
-
-def _first_loader(loaders: Any) -> Any:
-    while isinstance(loaders, (list, tuple, dict)) and loaders:
-        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
-    return loaders or None
-
-
-def _on_device(trainer: L.Trainer, batch: Any) -> Any:
-    """A batch as Lightning hands it to ``training_step``."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch)
-
-
-def _num_examples(item: tuple[Any, int]) -> float:
-    """The rows of the batch's first tensor: as Lightning weighs what modules log."""
-    sizes = (len(x) for x in tree_leaves(item[0]) if isinstance(x, Tensor) and x.dim() > 0)
-    return float(next(sizes, 1))
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """While active, random numbers come from the seed; afterwards all is as it was."""
-    with isolate_rng():
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
-
-
-def _cloned(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+def _num_terms(item: tuple[Any, int]) -> float:
+    """Batches count by their examples; one without rows, as one."""
+    rows = num_rows(item[0])
+    return 1.0 if rows is None else float(rows)

@@ -1,6 +1,6 @@
 """When to measure what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -33,6 +33,7 @@ class Schedule:
 
     Raises:
         ValueError: for an argument out of range, or an unknown metric.
+        TypeError: for metrics that are no names.
     """
 
     def __init__(
@@ -106,6 +107,11 @@ def _checked_metrics(metrics: Sequence[str] | Mapping[str, int] | None) -> dict[
     if metrics is None:
         return dict(DEFAULT_METRICS)
     names = [metrics] if isinstance(metrics, str) else metrics
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            f"metrics={metrics!r}; expected names, or a mapping from names to how often, of "
+            f"{', '.join(MEASURES)}."
+        )
     chosen = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1)
     for name, every in chosen.items():
         if name not in MEASURES:

@@ -81,6 +81,8 @@ def _eigenpairs(point: _Point) -> tuple[Eigenpairs, Eigenpairs]:
         num_bottom=min(s.num_bottom, n) if s.curvature == "hessian" else 0,
         max_steps=s.max_steps,
         rtol=s.rtol,
+        converge="values",
+        block_size=1,  # a third of the products where eigenvalues are distinct
         generator=point.generator,
     )
 

@@ -2,27 +2,29 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sized
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning as L
-import torch
 
 from hvpopt.lightning.attachment import attached, batch_for, loss_of_training_step, plain_trainer
 from hvpopt.lightning.spectrum.fields import fields
+from hvpopt.lightning.spectrum.losses import Losses
 from hvpopt.lightning.spectrum.meter import Meter
 from hvpopt.lightning.spectrum.report import CurvatureKind, SpectrumReport
-from hvpopt.lightning.spectrum.settings import Label, Settings, Weights
+from hvpopt.lightning.spectrum.retention import fits
+from hvpopt.lightning.spectrum.settings import Label, Settings
+from hvpopt.lightning.spectrum.weights import weighing
 from hvpopt.operators import (
     CurvatureOperator,
     FisherOperator,
     GGNOperator,
     HessianOperator,
-    UnknownReductionError,
 )
-from hvpopt.operators.points import NumTerms
+from hvpopt.trees import TensorList
 
 _OPERATORS: dict[CurvatureKind, Callable[..., CurvatureOperator]] = {
     "hessian": HessianOperator,
@@ -54,7 +56,7 @@ def measure(
     Raises:
         ValueError: if there is no batch, or no parameter that requires a gradient; under manual
             optimization.
-        UnknownReductionError: if it cannot be told how the losses of batches combine.
+        UnknownReductionError: if batches have no rows to weigh their losses by.
         SplitNotFoundError, NoLikelihoodError: where the loss has no GGN or Fisher.
     """
     start = time.perf_counter()
@@ -64,28 +66,32 @@ def measure(
             "optimizers, so that it is no function of the parameters: set "
             "automatic_optimization = True and let it return the loss."
         )
-    params = [p for p in module.parameters() if p.requires_grad]
+    params: TensorList = [p for p in module.parameters() if p.requires_grad]
     if not params:
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient.")
     with attached(module, plain_trainer(module, settings.accelerator), datamodule) as trainer:
         if settings.num_batches is not None:
             data = list(itertools.islice(data, settings.num_batches))
-        module.train(settings.mode == "train")
         of_batch = loss_of_training_step(module, trainer)
-        operator = _OPERATORS[settings.curvature](
-            lambda batch: of_batch(batch_for(module, trainer, batch)),
-            params,
-            data,
-            num_terms=_NUM_TERMS[settings.weights],
-            retain_graphs=settings.retain_graphs,
-        )
-        with operator, _explaining(), closing(Meter(operator, settings, label.name)) as meter:
+
+        def loss(batch: Any) -> Any:
+            return of_batch(batch_for(module, trainer, batch))
+
+        module.eval()  # in which examples do not depend on each other
+        weights = weighing(settings.weights, loss, params, data)
+        module.train(settings.mode == "train")
+        make = partial(_OPERATORS[settings.curvature], loss, params, num_terms=weights.num_terms)
+        keep = settings.retain_graphs
+        operator = make(data, retain_graphs=fits(make, params, data) if keep is None else keep)
+        losses = Losses(loss, params, data, weights.num_terms)
+        with operator, closing(Meter(operator, losses, settings, label.name)) as meter:
             found = fields(module, operator, meter, settings)
     return SpectrumReport(
         **asdict(label),
         module=type(module).__name__,
         curvature=settings.curvature,
         data=f"{settings.split} data, {_extent(data)}",
+        weights="" if _is_single(data) else weights.text,
         mode=settings.mode,
         num_params=sum(p.numel() for p in params),
         num_products=meter.num_products,
@@ -95,34 +101,11 @@ def measure(
     )
 
 
-def _num_examples(batch: Any) -> float:
-    """The rows of a batch's first tensor with dimensions."""
-    leaves = torch.utils._pytree.tree_leaves(batch)
-    rows = [len(x) for x in leaves if isinstance(x, torch.Tensor) and x.dim() > 0]
-    if not rows:
-        raise ValueError(
-            f"The batch, a {type(batch).__name__}, holds no tensor whose rows are its examples: "
-            "choose weights='sum', or a loss function of torch.nn.functional."
-        )
-    return float(rows[0])
-
-
-_NUM_TERMS: dict[Weights, NumTerms] = {"auto": None, "examples": _num_examples, "sum": "sum"}
-
-
-@contextmanager
-def _explaining() -> Iterator[None]:
-    """While active, an unknown reduction is told with the option that settles it."""
-    try:
-        yield
-    except UnknownReductionError as error:
-        raise UnknownReductionError(
-            f"{error} Choose weights='examples' (task.weights=examples) where each batch's loss "
-            "is a mean over its examples, or weights='sum'."
-        ) from error
-
-
 def _extent(data: Iterable[Any]) -> str:
     if not isinstance(data, Sized):
         return "all batches"
-    return "one batch" if len(data) == 1 else f"{len(data)} batches"
+    return "one batch" if _is_single(data) else f"{len(data)} batches"
+
+
+def _is_single(data: Iterable[Any]) -> bool:
+    return isinstance(data, Sized) and len(data) == 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from tqdm import tqdm
 
+from hvpopt.lightning.spectrum.losses import Losses
 from hvpopt.lightning.spectrum.settings import Settings
 from hvpopt.operators import CurvatureOperator, LinearOperator
 from hvpopt.trees import TensorList
@@ -14,7 +15,8 @@ class Meter:
     """Counts the passes over the data, and shows them.
 
     Args:
-        operator: whose products and losses are counted.
+        operator: whose products are counted.
+        losses: which are counted, too.
         settings: which say what is planned.
         name: of what is measured.
 
@@ -23,8 +25,10 @@ class Meter:
         num_evaluations: of the loss so far.
     """
 
-    def __init__(self, operator: CurvatureOperator, settings: Settings, name: str) -> None:
-        self._operator = operator
+    def __init__(
+        self, operator: CurvatureOperator, losses: Losses, settings: Settings, name: str
+    ) -> None:
+        self._operator, self._losses = operator, losses
         self.num_products = self.num_evaluations = 0
         s = settings
         num_slices = 2 + (s.curvature == "hessian") if s.slice_points else 0
@@ -70,4 +74,4 @@ class Meter:
         """The loss where the parameters are."""
         self.num_evaluations += 1
         self._bar.update()
-        return self._operator.loss()
+        return self._losses()

@@ -199,10 +199,12 @@ def _origin(reports: Sequence[SpectrumReport]) -> str:
     rows = [["checkpoint", "matrix", "data", "mode", "products", "losses", "seconds"]]
     for r in reports:
         counts = [f"{r.num_products:,}", f"{r.num_evaluations:,}", f"{r.seconds:.1f}"]
-        rows.append([r.checkpoint, _MATRIX[r.curvature], r.data, r.mode, *counts])
+        data = ", ".join(filter(None, (r.data, r.weights)))
+        rows.append([r.checkpoint, _MATRIX[r.curvature], data, r.mode, *counts])
     return _table(rows) + (
-        '<p class="soft">A product or a loss is one over all of these data. All values are those '
-        "of the mean loss. The same numbers are in <code>spectrum.json</code> beside this page.</p>"
+        '<p class="soft">A product or a loss is one over all of these data, and all values are '
+        "of the loss over them. The same numbers are in <code>spectrum.json</code> beside this "
+        "page.</p>"
     )
 
 

@@ -17,7 +17,7 @@ class Eigenvalue:
     """One eigenvalue."""
 
     value: float
-    """Of the curvature of the mean loss."""
+    """Of the curvature of the loss over all data."""
     residual_bound: float
     """‖C v − λ v‖: an exact eigenvalue lies within so much."""
     cosine: float
@@ -117,7 +117,7 @@ class SpectrumReport:
     num_params: int
     """Entries of the parameters."""
     loss: float
-    """The mean."""
+    """Over all data."""
     gradient_norm: float
     """Of its gradient."""
     top: tuple[Eigenvalue, ...]
@@ -142,6 +142,8 @@ class SpectrumReport:
     """Of the loss, each over all of the data."""
     seconds: float
     """That the measurement took."""
+    weights: str = ""
+    """How the losses of batches combine; empty where a report does not say."""
 
     @property
     def largest_stable_lr(self) -> float:

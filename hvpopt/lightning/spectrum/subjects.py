@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
-from hvpopt.lightning.resume import _check_network
+from hvpopt.lightning.resume import check_network, load_checkpoint
 from hvpopt.lightning.spectrum.settings import Split
 
 
@@ -47,26 +46,18 @@ class Origin:
 def load_weights(path: str | Path, module: L.LightningModule) -> Origin:
     """Puts a checkpoint's weights into the module, and says where they come from.
 
+    Of a trainer's file the module's ``on_load_checkpoint`` hears, as in Lightning: a module that
+    trains in phases goes to the checkpoint's.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read as a checkpoint, or belongs to another network.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such file.")
-    try:
-        # weights_only: wherever the file came from, loading it runs no code
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes of another file can make the reader raise anything
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"ckpt_path={path} cannot be read as a checkpoint (it is damaged, or holds more than "
-            f"weights): {first_line}"
-        ) from error
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path={path} is not a checkpoint of Lightning: it lacks state_dict.")
+    checkpoint = load_checkpoint(path, ("state_dict",))
     state = checkpoint["state_dict"]
-    _check_network(path, state, module.state_dict())
+    if "pytorch-lightning_version" in checkpoint:
+        module.on_load_checkpoint(checkpoint)
+    check_network(path, state, module.state_dict())
     module.load_state_dict(state)
     return Origin(
         epoch=int(checkpoint.get("epoch", -1)) + 1,

@@ -37,7 +37,10 @@ class _Task(Settings):
             step=origin.step,
         )
         data = loader_of(subject.data, self.split)
-        return measure(subject.module, data, label, self, datamodule=subject.data)
+        report = measure(subject.module, data, label, self, datamodule=subject.data)
+        if report.weights:
+            log.info("%s: losses of the %s are %s.", report.name, report.data, report.weights)
+        return report
 
     def _write(self, reports: list[SpectrumReport], title: str) -> None:
         folder = Path(self.output_dir)
