@@ -53,7 +53,7 @@ def ladders(figure: Figure, num_probes: int) -> list[list[Contestant]]:
     if figure == "spectral density":
         return [[x] for x in _densities()]
     k = 1 if figure == "largest eigenvalue" else 5
-    steps = [m for m in (3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60) if m >= 2 * k]
+    steps = [m for m in (3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 80) if m >= 2 * k]
     ours = [
         Contestant("hvpopt", "Lanczos", f"max_steps={m}", partial(_hvpopt_top, k=k, max_steps=m))
         for m in steps
@@ -70,8 +70,12 @@ def ladders(figure: Figure, num_probes: int) -> list[list[Contestant]]:
     ]
     arpack = [
         Contestant(
-            "curvlinops", "SciPy eigsh", f"ncv={ncv}", partial(peers.linops_top, k=k, ncv=ncv)
+            "curvlinops",
+            "SciPy eigsh",
+            f"ncv={ncv}, tol={tol:g}",
+            partial(peers.linops_top, k=k, ncv=ncv, tol=tol),
         )
+        for tol in (1e-1, 1e-2, 1e-3)
         for ncv in (2 * k + 6, 2 * k + 18)
     ]
     band = [
@@ -91,7 +95,7 @@ def ladders(figure: Figure, num_probes: int) -> list[list[Contestant]]:
         Contestant(
             "PyHessian", "power iteration", f"tol={tol:g}", partial(peers.pyhessian_top, tol=tol)
         )
-        for tol in (1e-2, 3e-3, 1e-3, 3e-4)
+        for tol in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5)
     ]
     if k == 1:
         return [ours, by_itself, powers, eigenthings, arpack]

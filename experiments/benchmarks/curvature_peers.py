@@ -121,7 +121,7 @@ def _linops(problem: Problem, seed: int) -> Any:
     )
 
 
-def linops_top(problem: Problem, seed: int, *, k: int, ncv: int) -> np.ndarray:
+def linops_top(problem: Problem, seed: int, *, k: int, ncv: int, tol: float) -> np.ndarray:
     """The k largest eigenvalues, as its documentation has it."""
     from scipy.sparse.linalg import eigsh
 
@@ -131,7 +131,7 @@ def linops_top(problem: Problem, seed: int, *, k: int, ncv: int) -> np.ndarray:
             operator.shape[0], generator=torch.Generator().manual_seed(seed)
         ).numpy()
         values = eigsh(
-            operator, k=k, which="LA", ncv=ncv, tol=0.1, v0=start, return_eigenvectors=False
+            operator, k=k, which="LA", ncv=ncv, tol=tol, v0=start, return_eigenvectors=False
         )
     return np.sort(values)[::-1]
 
