@@ -106,6 +106,18 @@ class CountHooks(L.Callback):
         self._count("before_step")
 
 
+def quiet_trainer(max_epochs, **options):
+    """A trainer on the CPU that shows nothing."""
+    return L.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
 def fit(
     make_optimizer,
     tmp_path,
@@ -125,14 +137,10 @@ def fit(
     net = module(make_optimizer)
     hooks = CountHooks()
     logger = logger or CSVLogger(tmp_path, name=None, version="run")
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        epochs,
         logger=logger,
-        log_every_n_steps=1,
         callbacks=[hooks, *callbacks],
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **{"enable_checkpointing": False, **options},
     )
     trainer.fit(net, DataLoader(data, batch_size=16), val, ckpt_path=ckpt_path, weights_only=True)

@@ -1,7 +1,7 @@
 """Small networks with awkward parts, their closures, and dense oracles of their curvature."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,8 @@ def problem(name: str, dtype: torch.dtype = torch.float64) -> Problem:
     return Problem(net, x, losses.get(name, _classify))
 
 
+EXACT = ["dual", "graph"]
+"""The engines without differences."""
 PROBLEMS = ["mlp", "batchnorm", "groupnorm", "dropout", "transformer", "lstm", "tied"]
 
 
@@ -165,6 +167,20 @@ def closure_of(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    return closure
+
+
+def closure_for(loss: Callable[[], Tensor], params: Iterable[Tensor]) -> Callable[[], Tensor]:
+    """A closure that clears the gradients of these parameters."""
+    params = list(params)
+
+    def closure() -> Tensor:
+        for p in params:
+            p.grad = None
         value = loss()
         value.backward()
         return value

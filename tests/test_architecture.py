@@ -139,3 +139,8 @@ def test_importing_hvpopt_imports_neither_lightning_nor_hydra():
 def test_no_file_outgrows_a_room():
     sizes = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert {str(p): n for p, n in sizes.items() if n > 275} == {}
+
+
+def test_no_test_file_outgrows_a_room():
+    sizes = {p: len(p.read_text().splitlines()) for p in Path(__file__).parent.rglob("*.py")}
+    assert {str(p): n for p, n in sizes.items() if n > 300} == {}

@@ -1,49 +1,16 @@
 """Two processes under DistributedDataParallel against one process on the joined batch."""
 
-import gc
-import os
-import socket
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from problems import flat, problem
+from ranks import in_two_processes
 from torch import nn
 
 import hvpopt
 from hvpopt.closure import ClosureOracle
 from hvpopt.preconditioners import Nystrom
 from hvpopt.solvers.stopping import ResidualNorm
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def _worker(rank, port, work, path, size):
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    result = work(rank)
-    if rank == 0:
-        torch.save(result, path)
-    gc.collect()  # DDP's reducers go before the group whose threads they use
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def in_processes(size, work, tmp_path):
-    """What ``work(rank)`` returns on the first of so many ranks."""
-    path = tmp_path / "result.pt"
-    mp.spawn(_worker, (_free_port(), work, path, size), nprocs=size)
-    return torch.load(path, weights_only=False)
-
-
-def in_two_processes(work, tmp_path):
-    return in_processes(2, work, tmp_path)
 
 
 def _loss_closure(net, x, y, params):

@@ -71,7 +71,6 @@ def test_the_information_of_a_mean_is_the_expectation_over_its_normal_noise(vari
         (Gaussian(2.0), (2,)),
         (Poisson(), ()),
     ],
-    ids=str,
 )
 def test_the_moments_of_sampled_gradients_are_zero_and_the_information(likelihood, shape):
     z, u = normal(*shape), normal(*shape, seed=1)

@@ -92,7 +92,10 @@ def seeded(seed: int = 0) -> Iterator[None]:
     """While active, torch's and NumPy's and Python's random numbers start at ``seed``."""
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # torch.manual_seed formats a stack trace for each kind of device that has not started
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         numpy.random.seed(seed)
         try:

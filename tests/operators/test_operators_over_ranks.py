@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import flat, problem
-from test_ddp import in_two_processes
+from ranks import in_two_processes
 from torch import nn
 
 from hvpopt.operators import GGNOperator, HessianOperator

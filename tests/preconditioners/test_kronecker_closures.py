@@ -13,7 +13,7 @@ from kronecker_cases import (
     run_with,
 )
 from problems import flat, problem
-from test_ddp import in_two_processes
+from ranks import in_two_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from kronecker_cases import factors, randn, refreshed
 from problems import Problem, flat
-from test_kronecker import factors, randn, refreshed
 from torch import nn
 
 from hvpopt.preconditioners.kronecker import Kronecker

@@ -1,10 +1,10 @@
 """The Nyström preconditioner against dense matrices and its paper's formulas."""
 
 import copy
-import io
 
 import pytest
 import torch
+from checkpoints import states_after_a_checkpoint
 from problems import flat
 from torch import nn
 
@@ -265,12 +265,7 @@ def test_states_survive_a_checkpoint_of_an_optimizer(dtype):
     optimizer, preconditioner = torch.optim.SGD(params, lr=0.1), Nystrom(rank=10)
     states = [optimizer.state[p] for p in params]
     preconditioner.prepare(point, states, 0)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in params], lr=0.1)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    again = [loaded.state[p] for p in loaded.param_groups[0]["params"]]
+    again = states_after_a_checkpoint(optimizer)
     r = [x.to(dtype) for x in random_vector(1)]
     solved = preconditioner.solve(r, states, SHIFT)
     assert all(map(torch.equal, solved, preconditioner.solve(r, again, SHIFT)))

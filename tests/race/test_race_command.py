@@ -50,9 +50,6 @@ def test_a_race_runs_for_a_moment(name, tmp_path):
         "++race.tuning_seconds=0.001",
     ]
     overrides = [f"++{o}" if o.startswith("race.") else o for o in overrides]
-    config = compose_config("task=race", f"race={name}")
-    names = [n for n in config.race.contestants if n in ("AdamW", "NewtonCG", "SMD")]
-    overrides.append(f"++race.only=[{','.join(names)}]")
     if "autoencoder" in name or name == "logistic":
         write_fashion_mnist(tmp_path)
         overrides += [f"++race.task.root={tmp_path}", "++race.task.num_images=40"]
@@ -60,7 +57,10 @@ def test_a_race_runs_for_a_moment(name, tmp_path):
         overrides += ["++race.task.length=8", "++race.task.batch_size=16"]
     if name == "autoencoder_batches":
         overrides.append("++race.task.batch_size=20")
-    found = task_of(compose_config(*overrides))()
+    config = compose_config(*overrides)
+    names = [n for n in config.race.contestants if n in ("AdamW", "NewtonCG", "SMD")]
+    OmegaConf.update(config, "race.only", names, force_add=True)
+    found = task_of(config)()
     assert {contestant["name"] for contestant in found["contestants"]} == set(names)
     for contestant in found["contestants"]:
         assert all(not run["failed"] for run in contestant["runs"]), contestant["notes"]

@@ -5,32 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from matrices import TIGHT, Counted, symmetric, vector
 from torch import Tensor
 
-from hvpopt.solvers import ResidualNorm, Status, capped_cg, cg
+from hvpopt.solvers import Status, capped_cg, cg
 from hvpopt.solvers.cap import Cap
-
-TIGHT = ResidualNorm(rtol=1e-12)
-
-
-def symmetric(values: Tensor, seed: int = 0) -> Tensor:
-    n = len(values)
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return (q * values.double()) @ q.T
-
-
-def vector(n: int, seed: int = 1) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Counted:
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.calls = matrix, 0
-
-    def __call__(self, v: list[Tensor]) -> list[Tensor]:
-        self.calls += 1
-        return [self.matrix @ v[0]]
 
 
 def quotient(a: Tensor, d: Tensor, metric: Tensor | None = None) -> float:
