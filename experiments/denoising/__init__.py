@@ -1,0 +1,1 @@
+"""Noise taken out of images: an energy beside a feed-forward network."""
