@@ -46,7 +46,9 @@ def test_an_experiment_runs_for_two_steps(name, tmp_path):
         "++trainer.enable_progress_bar=false",
         "trainer.log_every_n_steps=1",
     ]
-    if name.startswith("autoencoder"):
+    if name.startswith("denoising"):
+        overrides.append("++data.num_test=20")
+    if name.startswith(("autoencoder", "denoising")):
         write_fashion_mnist(tmp_path)
         overrides += [f"data.root={tmp_path}", "++data.num_val=10", "++data.batch_size=20"]
     if name.startswith("bibtex"):
