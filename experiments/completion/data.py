@@ -20,7 +20,7 @@ class KnownParts(Batches):
     What is known of an image is a function of the seed, the epoch (`set_epoch`) and the image's
     place in the data, and does not depend on the batches nor on the rank.
 
-    Arguments:
+    Args:
         images: `[N, 1, 8, 8]`.
         question: what is known.
         batch_size: images a batch.
@@ -70,7 +70,7 @@ class PartlyKnownDigits(Digits):
     and which they are. Training asks anew every epoch; validation and test ask once, the same
     questions whatever the seed.
 
-    Arguments:
+    Args:
         question: what is known.
         times: how often an epoch of training asks about each image.
         batch_size, eval_batch_size, split_seed, seed, num_train: as of

@@ -33,7 +33,7 @@ class AutoencodingEnergy(nn.Module):
     D is an autoencoder: images that it leaves as they are lie lowest. What is known of an image is
     not among its inputs.
 
-    Arguments:
+    Args:
         widths: units of D's hidden layers.
         activation: of them, a smooth one.
 
@@ -55,7 +55,7 @@ class AutoencodingEnergy(nn.Module):
 class Completion(nn.Module):
     """A perceptron from a view `[B, 2, 8, 8]` to the image, whose known pixels stay as they are.
 
-    Arguments:
+    Args:
         widths: units of the hidden layers.
         activation: of them.
         dropout: probability of dropping a hidden unit.

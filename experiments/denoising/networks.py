@@ -17,7 +17,7 @@ class NoiseSubtraction(nn.Module):
     widths and kernel size: that one sums its output over the pixels, this one subtracts it. For one
     channel both have as many parameters, the last convolution's bias in the fidelity's place.
 
-    Arguments:
+    Args:
         num_channels: C.
         widths: channels of the hidden convolutions, with an activation after each.
         kernel_size: of the hidden convolutions, odd.

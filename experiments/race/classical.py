@@ -32,7 +32,7 @@ LIBRARIES = ("hvpopt", "torchmin")
 class ClassicalRace:
     """Methods on functions, each from the function's usual start in float64.
 
-    Arguments:
+    Args:
         methods: by name, entries ``{library: hvpopt, method: trust-ncg, options: {}}``; the library
             is "hvpopt" or "torchmin", the options are its keyword arguments.
         only: names of functions, whole or in part ("Rosenbrock"); None for all.

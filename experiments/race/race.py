@@ -26,7 +26,7 @@ TUNING_SEED = 1_000_003
 class Race:
     """Which task, who runs, and for how long.
 
-    Arguments:
+    Args:
         task: what is trained.
         contestants: by name; see `hvpopt.experiments.race.contestants.Contestant.of`.
         seconds: each run's time, by its own clock.

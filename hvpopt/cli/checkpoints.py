@@ -31,7 +31,7 @@ _PARTS = ("model", "data")
 def fill_subjects(config: DictConfig, overrides: Sequence[str]) -> None:
     """Writes `task.subjects`, if the task has that key.
 
-    Arguments:
+    Args:
         config: the job's configuration.
         overrides: those of the command line.
 

@@ -27,7 +27,7 @@ VARIABLE = "HVPOPT_ALLOWED_TARGETS"
 def resolve_target(target: Any, key: str, more: Sequence[str] = ()) -> Any:
     """The object that a `_target_` names, if it is in an allowed package, also by its origin.
 
-    Arguments:
+    Args:
         target: dotted path.
         key: the configuration's node that holds it, for messages.
         more: packages allowed besides `ALLOWED` and the environment's.

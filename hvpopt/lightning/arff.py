@@ -41,7 +41,7 @@ def read_arff(path: str | Path) -> Table:
     Attributes are numeric or nominal with numbers as their values, as `{0,1}`. A name that ends in
     `.gz` is decompressed. The format is Weka's (Hall et al. 2009, SIGKDD Explorations 11(1)).
 
-    Arguments:
+    Args:
         path: the file, in UTF-8.
 
     Raises:

@@ -24,7 +24,7 @@ class Batches:
     random state alone. Under data parallelism each rank gets its own part of every epoch; the
     parts are of equal size, filled up with samples from the start (as in `DistributedSampler`).
 
-    Arguments:
+    Args:
         inputs: `[N, ...]`.
         targets: `[N, ...]`.
         batch_size: samples a batch and rank; the last batch of an epoch may be smaller.

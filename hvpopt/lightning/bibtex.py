@@ -25,7 +25,7 @@ class Bibtex(MultiLabelData):
     The authors' split has 4,880 training and 2,515 test rows. Of the training rows, `num_val` are
     kept for validation, on which thresholds and settings are chosen.
 
-    Arguments:
+    Args:
         folder: holds bibtex-train.arff, bibtex-test.arff (each plain or with .gz) and bibtex.xml.
         batch_size: rows a training batch.
         num_val: training rows kept for validation.

@@ -96,7 +96,7 @@ class Digits(_InMemoryImages):
     class with a seed of its own: the file's last rows come from other writers, and runs with
     different seeds share their test images.
 
-    Arguments:
+    Args:
         batch_size: images a training batch.
         val_fraction, test_fraction: parts of the 1797 images; the rest is for training.
         split_seed: decides who is in which part.
@@ -152,7 +152,7 @@ class FashionMNIST(_InMemoryImages):
     The last 10000 are the test images; of the first 60000, `num_val` are kept for validation,
     stratified by class.
 
-    Arguments:
+    Args:
         batch_size: images a training batch.
         root: a folder with the four IDX files, gzipped or not. None looks for Debian's package
             dataset-fashion-mnist, then fetches the data from OpenML (cached by scikit-learn).

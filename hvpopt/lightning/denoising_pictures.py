@@ -25,7 +25,7 @@ class DenoisingPictures(lightning.Callback):
     last one included; the output alone where the module predicts without inference. Pixels are
     clipped to [0, 1].
 
-    Arguments:
+    Args:
         num_pictures: columns.
         num_stages: rows between the noisy and the clean images, at most.
 

@@ -16,7 +16,7 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
     """The peak signal-to-noise ratio of each image `[B]`, −10 log₁₀ of its mean squared error, in
     decibels.
 
-    Arguments:
+    Args:
         images: `[B, C, H, W]`; pixels are clipped to [0, 1] first, which is all that can be shown.
         target: the right images, of the same shape.
     """

@@ -51,7 +51,7 @@ class Classifier(_Module):
     Logs `train/loss` at every step, and `loss` and `accuracy` over each epoch of training,
     validation and test.
 
-    Arguments:
+    Args:
         net: images `[B, C, H, W]` to logits `[B, num_classes]`.
         optimizer: parameters to optimizer, as `functools.partial(hvpopt.NewtonCG, lr=1.0)`.
         scheduler: optimizer to learning-rate schedule, stepped every epoch; None for none.
@@ -107,7 +107,7 @@ class Autoencoder(_Module):
     literature) and averaged over them (`mse`). At the end of each validation it writes a picture
     of images and reconstructions to TensorBoard.
 
-    Arguments:
+    Args:
         net: images `[B, C, H, W]` to as many logits.
         optimizer: parameters to optimizer, as `functools.partial(hvpopt.NewtonCG, lr=1.0)`.
         scheduler: optimizer to learning-rate schedule, stepped every epoch; None for none.

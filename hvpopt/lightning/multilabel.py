@@ -38,7 +38,7 @@ class MultiLabelData(lightning.LightningDataModule):
     Subclasses load the splits in `_load` and set `label_names`. Labels that no training row has
     are warned of by name, once: no method can learn them.
 
-    Arguments:
+    Args:
         batch_size: rows a training batch.
         eval_batch_size: rows a batch in validation and test.
         seed: decides the order of the training batches.

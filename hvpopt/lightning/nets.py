@@ -37,7 +37,7 @@ def mlp(
 ) -> nn.Sequential:
     """A perceptron from images `[B, *image_shape]` to logits `[B, num_classes]`.
 
-    Arguments:
+    Args:
         image_shape: channels, height, width.
         num_classes: number of logits.
         widths: units of each hidden layer.
@@ -68,7 +68,7 @@ def cnn(
     Each stage is a 3 x 3 convolution (from the second on with stride 2), BatchNorm and the
     activation; then dropout and one linear layer.
 
-    Arguments:
+    Args:
         image_shape: channels, height, width.
         num_classes: number of logits.
         channels: output channels of each stage.
@@ -103,7 +103,7 @@ def autoencoder(
     The encoder has the given widths, the decoder the mirrored ones; the code (the last width) is
     linear, as in Hinton and Salakhutdinov (2006, Science 313).
 
-    Arguments:
+    Args:
         image_shape: channels, height, width.
         widths: units of the encoder's layers, the code last.
         activation: a name in `ACTIVATIONS`, between all layers but around the code.

@@ -24,7 +24,7 @@ class NoisyBatches(Batches):
     The noise is a pure function of seed, epoch, rank and batch size; where the order is the same
     every epoch, so is the noise. The global generators stay as they were.
 
-    Arguments:
+    Args:
         clean: batches whose inputs `[B, ...]` are the clean ones; their targets are not used.
         noise: standard deviation of the noise, in the inputs' units.
         seed: what the noise derives from.
@@ -58,7 +58,7 @@ class NoisyFashionMNIST(FashionMNIST):
     The noise of the validation and test images is always the same; training images get another
     one every epoch.
 
-    Arguments:
+    Args:
         batch_size: images a training batch.
         noise: standard deviation of the noise, above zero.
         root: a folder with the four IDX files, as of `FashionMNIST`.

@@ -28,7 +28,7 @@ __all__ = [
 class Phase:
     """A stretch of training.
 
-    Arguments:
+    Args:
         loss: what is minimised.
         epochs: how many; None, in the last phase only, until training ends.
         trains: "all" parameters, or those of the "encoder" or the "head" only. A part that is not

@@ -88,7 +88,7 @@ def check_checkpoint(
 ) -> None:
     """Checks that training can resume from a checkpoint, before any data are loaded.
 
-    Arguments:
+    Args:
         path: a file that Lightning's `ModelCheckpoint` wrote.
         module: the module that is to continue.
         max_epochs: the trainer's limit, counted from the first run's start; -1 or None is none.
@@ -112,7 +112,7 @@ def check_checkpoint(
 def load_checkpoint(path: str | Path, needed: Collection[str]) -> dict[str, Any]:
     """What a checkpoint of Lightning holds, on the CPU.
 
-    Arguments:
+    Args:
         path: a file that Lightning's `ModelCheckpoint` wrote.
         needed: the parts of it that it must hold.
 
@@ -143,7 +143,7 @@ def load_checkpoint(path: str | Path, needed: Collection[str]) -> dict[str, Any]
 def check_network(path: str | Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Lets a checkpoint's weights pass that fit the network.
 
-    Arguments:
+    Args:
         path: the checkpoint, for messages.
         saved: its tensors by name.
         current: the network's.

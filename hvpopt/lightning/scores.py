@@ -18,7 +18,7 @@ class ExampleF1(Metric):
     of predicted labels p and right ones t, and 1 where both are empty. (It is not the F1 of each
     label averaged over the labels, another number.)
 
-    Arguments:
+    Args:
         thresholds: `[K]`.
     """
 
@@ -55,7 +55,7 @@ class MultiLabelF1(nn.Module):
     """The score `f1` of a multi-label task: the threshold that is best on the validation rows is
     kept (also in checkpoints), and used on the test rows.
 
-    Arguments:
+    Args:
         num_thresholds: how many are tried, with evenly spaced logits between -6 and 6: where labels
             are rare, the best threshold is small.
 

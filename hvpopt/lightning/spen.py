@@ -61,7 +61,7 @@ class SPENModule(lightning.LightningModule):
     one, to compare checkpoints by. After each validation TensorBoard gets a plot of the energy
     along inference's steps.
 
-    Arguments:
+    Args:
         energy: the network.
         optimizer: parameter groups to optimizer, as `functools.partial(torch.optim.Adam)`. Second-
             order products need `adjoint="unrolled"` where the loss passes through inference, and

@@ -19,7 +19,7 @@ class SyntheticBlocks(MultiLabelData):
     comparison with the rest of its block: a network that predicts the labels one by one needs many
     rows to learn it, an energy of the labels few.
 
-    Arguments:
+    Args:
         batch_size: rows a training batch.
         num_features: of a row.
         num_blocks, block_size: there are `num_blocks * block_size` labels.

@@ -42,7 +42,7 @@ def train(
     logger beside the choices and the optimizer's options (HPARAMS in TensorBoard). The seconds are
     those of `fit`; the products are the optimizer's own count, None for one that computes none.
 
-    Arguments:
+    Args:
         module: what to train.
         data: its data.
         trainer: makes the Trainer from `callbacks` and `logger`, as

@@ -29,7 +29,7 @@ class EncodedEnergy(nn.Module):
         encoding = energy.encoder(x)
         minimize_energy(energy.head, encoding, y0)
 
-    Arguments:
+    Args:
         encoder: x to a dictionary of tensors `[B, ...]`, with a method `initial(encoding)` that
             gives a first guess of y.
         head: `(encoding, y[B, *shape])` to energies `[B]`; twice differentiable in y.

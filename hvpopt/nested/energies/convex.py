@@ -24,7 +24,7 @@ class ConvexEncoder(nn.Module):
     Layer i of a perceptron of x feeds layer i of the head, as in Amos, Xu and Kolter (2017, "Input
     convex neural networks", ICML).
 
-    Arguments:
+    Args:
         num_inputs, num_labels: D of the inputs `[B, D]`, and L.
         widths: units of the perceptron's hidden layers, one for each of the head's.
         units: H_i of the head's layers.
@@ -88,7 +88,7 @@ class ConvexHead(nn.Module):
     g = softplus is convex and increasing, and w and W_i are positive, as the softplus of the free
     parameters, so that every z_i is convex in y.
 
-    Arguments:
+    Args:
         num_labels: L.
         units: H_i of the layers.
         strength: ε; with ε > 0 the minimum is unique.
@@ -138,7 +138,7 @@ def input_convex(
     """A partially input-convex network (PICNN) as energy of labels y ∈ [0, 1]ᴸ given x `[B, D]`:
     a `ConvexEncoder` with a `ConvexHead`. Its minima over a box are global.
 
-    Arguments:
+    Args:
         num_inputs, num_labels: D and L.
         widths: units of the encoder's hidden layers, one for each of the head's.
         units: of the head's layers.

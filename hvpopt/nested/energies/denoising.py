@@ -32,7 +32,7 @@ class ConvolutionalPrior(nn.Module):
     """How unlikely images are, `[B]`: convolutions with an activation between them, and a 1 × 1
     convolution to one channel, summed over the pixels.
 
-    Arguments:
+    Args:
         num_channels: C of images `[B, C, H, W]`.
         widths: channels of the hidden convolutions.
         kernel_size: of the hidden convolutions, odd.
@@ -77,7 +77,7 @@ class ConvolutionalPrior(nn.Module):
 class DenoisingHead(nn.Module):
     """E(x, y) = s ‖y − x‖² + prior(y), with a learned s > 0, the softplus of a parameter.
 
-    Arguments:
+    Args:
         prior: images `[B, C, H, W]` to numbers `[B]`.
         fidelity: s at the start, above zero.
 
@@ -110,7 +110,7 @@ def denoising(
     learned `ConvolutionalPrior` (Belanger, Yang and McCallum 2017, "End-to-end learning for
     structured prediction energy networks", ICML). Inference starts at the noisy image.
 
-    Arguments:
+    Args:
         num_channels: C.
         widths: channels of the prior's hidden convolutions.
         kernel_size: of them, odd.

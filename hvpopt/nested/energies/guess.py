@@ -12,7 +12,7 @@ __all__ = ["Guess", "GuessDistance", "feedforward"]
 class Guess(nn.Module):
     """The encoder `{"guess": net(x)}`.
 
-    Arguments:
+    Args:
         net: inputs to outputs `[B, *shape]`.
     """
 
@@ -42,7 +42,7 @@ def feedforward(net: nn.Module) -> EncodedEnergy:
     logs and scores serve both. It is trained by the loss `FirstGuess`, and predicts its first guess
     net(x), without inference.
 
-    Arguments:
+    Args:
         net: inputs to outputs `[B, *shape]`.
     """
     return EncodedEnergy(Guess(net), GuessDistance())

@@ -27,7 +27,7 @@ class KnownEntries(nn.Module):
     is not known is not used (for gradients by the values it must be finite); besides, what the head
     needs.
 
-    Arguments:
+    Args:
         head: `(encoding, y[B, *shape])` to energies `[B]`; it is given the whole encoding.
 
     Example:
@@ -76,7 +76,7 @@ class KnownMeasurements(nn.Module):
 
     The encoding holds `"measured": [B, M]`, b; besides, what the head needs.
 
-    Arguments:
+    Args:
         head: `(encoding, y[B, *shape])` to energies `[B]`; it is given the whole encoding.
         matrix: A, `[M, N]`, the same for all examples, where N is the number of y's entries.
         weight: w.

@@ -35,7 +35,7 @@ KINKED: dict[str, type[nn.Module]] = {
 def activation(name: str, *, in_y: bool = True) -> nn.Module:
     """The activation of a name in `SMOOTH` or `KINKED`.
 
-    Arguments:
+    Args:
         name: of the activation.
         in_y: whether y passes through it. Then one with a kink is warned of: inference steps on
             the energy's slope, and gradients through inference on its curvature ∂²E/∂y², which a
@@ -63,7 +63,7 @@ def perceptron(
 ) -> nn.Sequential:
     """Linear layers of the given sizes, the inputs first, each followed by an activation.
 
-    Arguments:
+    Args:
         sizes: units of each layer.
         name: of the activation, in `SMOOTH` or `KINKED`.
         dropout: probability of dropping a unit after an activation.
@@ -91,7 +91,7 @@ class MLPEncoder(nn.Module):
     The scores are logits: −⟨y, s(x)⟩ is the local part of an energy, and σ(s(x)) the prediction of
     the same network trained as a classifier, label by label.
 
-    Arguments:
+    Args:
         num_inputs: D of the inputs `[B, D]`.
         num_labels: L.
         widths: units of the hidden layers.

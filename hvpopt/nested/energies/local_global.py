@@ -22,7 +22,7 @@ class LocalGlobal(nn.Module):
     Without `num_features` the term C₃ F(x) is absent; with it the energy is conditional, the
     measurements depend on x.
 
-    Arguments:
+    Args:
         num_labels: L of y `[B, L]` and of `encoding["scores"]`.
         num_units: rows of C₁.
         activation: g, a smooth one; others are warned of.
@@ -78,7 +78,7 @@ def spen(
     """A structured prediction energy network of labels y ∈ [0, 1]ᴸ given inputs x `[B, D]`: an
     `MLPEncoder` with a `LocalGlobal` head.
 
-    Arguments:
+    Args:
         num_inputs, num_labels: D and L.
         widths: units of the encoder's hidden layers.
         num_units: of the global term.

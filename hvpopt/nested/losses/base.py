@@ -44,7 +44,7 @@ class Loss(Protocol):
     ) -> LossValue:
         """The loss of inputs x with the right outputs `target[B, *shape]`.
 
-        Arguments:
+        Args:
             energy: what is trained.
             x: inputs, as the energy's encoder takes them.
             target: right outputs.
@@ -60,7 +60,7 @@ class Minimizer:
     By default mirror descent with the entropy of y, for which the local term alone, −⟨y, s⟩, gives
     the classifier's σ(s).
 
-    Arguments:
+    Args:
         method: how to descend.
         domain: where y lives, and as what it is varied.
         adjoint: how gradients pass through, an adjoint or its name.
@@ -99,7 +99,7 @@ class Minimizer:
     ) -> Inference:
         """The minimisation of `head(encoding, y)`.
 
-        Arguments:
+        Args:
             head: the energy of an encoding and y, `[B]`.
             encoding: a pytree of tensors `[B, ...]`.
             initial: `[B, *shape]`, the first guess, for its shape and for `start="initial"`.

@@ -20,7 +20,7 @@ class LabelByLabel:
     The local term −⟨y, s(x)⟩ with the entropy of y is smallest at σ(s(x)), so that a classifier's
     logits are a fair start for it. Summed over the labels, averaged over the batch.
 
-    Arguments:
+    Args:
         smoothing: ε; the target is then y* (1 − ε) + ε/2.
 
     Raises:

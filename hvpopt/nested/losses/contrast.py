@@ -19,7 +19,7 @@ __all__ = ["Contrastive", "Ranking"]
 class _Candidates:
     """The right output, inference's, and copies of the right one with labels flipped at random.
 
-    Arguments:
+    Args:
         num_corrupted: corrupted copies a row.
         flip: probability of flipping a label.
         seed: of the flips.
@@ -59,7 +59,7 @@ class Ranking(_Candidates):
     networks", NeurIPS). Pairs come from the right output, inference's, and corrupted
     copies of the right one. The outputs are constants for the gradient.
 
-    Arguments:
+    Args:
         margin: how far apart, for each unit of quality.
         num_corrupted: corrupted copies a row.
         flip: probability of flipping a label of those.
@@ -97,7 +97,7 @@ class Contrastive(_Candidates):
     with the sum over all outputs replaced by these). The outputs are constants for
     the gradient.
 
-    Arguments:
+    Args:
         temperature: T.
         num_corrupted: corrupted copies a row.
         flip: probability of flipping a label of those; copies without a flip are left out.

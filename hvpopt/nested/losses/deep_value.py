@@ -28,7 +28,7 @@ class DeepValue:
 
     Averaged over the batch. The generated outputs are constants for the gradient.
 
-    Arguments:
+    Args:
         adversarial: probability that a batch is adversarial.
         from_truth: probability that a row of such a batch starts at y*.
         step_size: η of the adversarial steps.

@@ -24,7 +24,7 @@ class EndToEnd:
     With the adjoint "unrolled" optimizers may take products of its second derivatives, and of its
     Gauss-Newton matrix (1/B) Σ Jᵀ ∇²Δ J, J = ∂ŷ/∂θ, for "squared" and "log", which are convex.
 
-    Arguments:
+    Args:
         task_loss: Δ: "squared", "log" or "soft_f1".
         iterates: "last" or "all".
 

@@ -17,7 +17,7 @@ class FirstGuess:
     """The error of the energy's first guess, averaged over the batch: for the first guess what
     `EndToEnd` is for the minimum. It trains a feed-forward network, or where inference starts.
 
-    Arguments:
+    Args:
         task_loss: "squared", "log" or "soft_f1".
 
     Raises:

@@ -28,7 +28,7 @@ class StructuredHinge:
 
     Where the domain adds an entropy, −τ H(y), it is part of E.
 
-    Arguments:
+    Args:
         task_loss: Δ, "squared" or "log".
         scale: w, of the margin.
 
