@@ -51,6 +51,8 @@ class LinearizedClosure:
         batch_grad: the gradient of ``loss`` itself.
         product: v ↦ C v, the Hessian's or GGN's product with a list of tensors.
         has_remainder: whether a part of a GGN is the Hessian of a term outside the loss function.
+        takes_derivatives: whether the closure takes derivatives and goes on with them, as those of
+            a residual by the inputs.
     """
 
     loss: Tensor
@@ -58,3 +60,4 @@ class LinearizedClosure:
     batch_grad: TensorList
     product: Callable[[TensorList], TensorList]
     has_remainder: bool
+    takes_derivatives: bool = False

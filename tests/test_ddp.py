@@ -99,5 +99,5 @@ def test_training_is_that_of_the_joined_batch(tmp_path):
         task = problem("mlp")
         alone, runs_alone = _train(OPTIMIZERS[name], task.closure(), task.params)
         if "kronecker" not in name:  # whose sampled labels are each rank's own
-            torch.testing.assert_close(params, alone, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(params, alone, rtol=1e-5, atol=1e-7)
             assert num_runs == runs_alone

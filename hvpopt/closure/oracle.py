@@ -100,15 +100,15 @@ class ClosureOracle:
         watched = None if rows is None else WatchedRows(rows)
         engine = self._engine("many products", curvature)
         with self._explaining(curvature):
-            run = EngineRunner(self._runs, watched=watched)
-            self._trace = trace = engine.trace(run, curvature)
+            self._trace = trace = engine.trace(EngineRunner(self._runs, watched=watched), curvature)
         self._watched = watched
         return LinearizedClosure(
-            loss=self._runs.scaled([self._trace.loss])[0],
+            loss=self._runs.scaled([trace.loss])[0],
             grad=self._runs.grads(),
-            batch_grad=self._runs.scaled(self._trace.batch_grad),
+            batch_grad=self._runs.scaled(trace.batch_grad),
             product=partial(self._product, curvature, id(trace)),
-            has_remainder=self._trace.has_remainder,
+            has_remainder=trace.has_remainder,
+            takes_derivatives=self._runs.takes_derivatives,
         )
 
     def of_part(

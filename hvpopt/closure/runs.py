@@ -73,6 +73,7 @@ class ClosureRuns:
         self._removed: list[Tensor | None] = []
         self.returned: Any = None
         self.num_runs = 0
+        self.takes_derivatives = False
         self._checkpoints = False
 
     def open(self) -> None:
@@ -124,6 +125,7 @@ class ClosureRuns:
             raise NoBackwardError(NO_BACKWARD)
         if first:
             self.num_backwards = seen.num_backwards
+            self.takes_derivatives = seen.takes_derivatives
 
     def run_alone(self) -> Tensor:
         """Runs the closure as it is, for good, and returns its loss; no other run may follow.

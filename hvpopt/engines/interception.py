@@ -48,6 +48,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         num_backwards: how many calls of ``backward`` there were.
+        takes_derivatives: whether ``torch.autograd.grad`` gave tensors with a graph of their own.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Interception(TorchFunctionMode):
         self._split = split
         self._stop_after = stop_after
         self.num_backwards = 0
+        self.takes_derivatives = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +78,10 @@ class Interception(TorchFunctionMode):
                 return linear_cross_entropy(*args, **kwargs)
         if self._split is not None and self._split.handles(func):
             return self._split(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.takes_derivatives |= any(t is not None and t.requires_grad for t in result)
+        return result
 
     def _backward(
         self,

@@ -37,16 +37,18 @@ def levenberg_marquardt(
     ratio: float,
     *,
     factor: float = 1.5,
+    growth: float | None = None,
     bounds: tuple[float, float] = (1e-12, 1e12),
 ) -> float:
     """The damping for the next step, from the reduction ratio of this one.
 
-    λ ← factor·λ where ρ < ¼; λ ← λ/factor where ρ > ¾; unchanged in between and where ρ is NaN.
+    λ ← growth·λ where ρ < ¼; λ ← λ/factor where ρ > ¾; unchanged in between and where ρ is NaN.
 
     Args:
         damping: λ, in the units of the curvature.
         ratio: ρ, see `reduction_ratio`.
-        factor: 3/2 in the source; 1 keeps the damping fixed.
+        factor: 3/2 in the source; 1 keeps the damping from falling.
+        growth: ``factor`` where None, as in the source.
         bounds: λ is clipped to them.
 
     Source: Martens (2010), section 4.1.
@@ -56,7 +58,7 @@ def levenberg_marquardt(
         (1.5, 1.0)
     """
     if ratio < 0.25:
-        damping *= factor
+        damping *= factor if growth is None else growth
     elif ratio > 0.75:
         damping /= factor
     return min(max(damping, bounds[0]), bounds[1])
@@ -72,7 +74,9 @@ def damping_after(
 ) -> float:
     """The damping for the next step, on the same batch or on others.
 
-    On the same batch, where s is NaN: `levenberg_marquardt`. Where each step has another one,
+    On the same batch, where s is NaN, `levenberg_marquardt` with growth by factor²: with momentum
+    a large λ costs little, and a step that goes too far costs much. Where each step has another
+    batch,
 
         λ ← factor²·λ where ρ < ½ or s < −1;    λ ← λ / factor^γ where ρ > ¾ and s > −¼,
 
@@ -95,7 +99,7 @@ def damping_after(
     if factor == 1:
         return damping
     if math.isnan(slope_ratio):
-        return levenberg_marquardt(damping, ratio, factor=factor)
+        return levenberg_marquardt(damping, ratio, factor=factor, growth=factor**2)
     if ratio < 0.5 or slope_ratio < -1:
         damping *= factor**2
     elif ratio > 0.75 and slope_ratio > -0.25:

@@ -59,9 +59,9 @@ def relengthened(whole: DampedModel, rest: DampedModel, solution: Solution) -> S
     costs one product of the rest.
     """
     d = solution.value
-    slope, curved = (float(trees.dot(x, d)) for x in (rest.objective.grad, rest.product(d)))
+    slope, curved = (float(trees.dot(x, d)) for x in (rest.grad, rest.product(d)))
     length = -slope / curved if slope < 0 < curved else 0.0
     value = trees.scale(d, length)
-    along = float(trees.dot(whole.objective.grad, value))
+    along = float(trees.dot(whole.grad, value))
     model_value = along + 0.5 * float(trees.dot(value, whole.product(value)))
     return replace(solution, value=value, iterates=(), model_values=(model_value,))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,17 +25,26 @@ _WORTH = 1e-3
 
 @dataclass(frozen=True)
 class DampedModel:
-    """m(d) = gᵀd + ½ dᵀ(B + λ I) d of an objective, with λ of each parameter.
+    """m(d) = gᵀd + ½ dᵀB d + ½ λ ‖d − c‖² of an objective, with λ of each parameter, less m(0).
 
     Attributes:
         objective: gives g and B.
         damping: λ, one number a parameter.
         precondition: for CG; none where None.
+        centre: c, zero where None.
     """
 
     objective: Objective
     damping: Sequence[float]
     precondition: Precondition | None = None
+    centre: TensorList | None = None
+
+    @cached_property
+    def grad(self) -> TensorList:
+        """The gradient of m at zero, g − λ c."""
+        if self.centre is None:
+            return self.objective.grad
+        return trees.add(self.objective.grad, trees.scale_each(self.damping, self.centre), -1.0)
 
     def product(self, v: TensorList) -> TensorList:
         """(B + λ I) v."""
@@ -51,17 +61,17 @@ class DampedModel:
         max_steps: int,
         keep_iterates: bool,
     ) -> Solution:
-        """The solution of (B + λ I) d = −g by CG, from ``x0``.
+        """The solution of (B + λ I) d = λ c − g by CG, from ``x0``.
 
-        CG sees the gradient at unit length, so that neither its squares overflow nor a stopping
-        rule depends on the loss's scale.
+        CG sees the right-hand side at unit length, so that neither its squares overflow nor a
+        stopping rule depends on the loss's scale.
         """
-        size = float(trees.norm(self.objective.grad))
+        size = float(trees.norm(self.grad)) or 1.0
         shift = [a + b for a, b in zip(self.damping, self.objective.decay, strict=True)]
         precondition = self.precondition
         unit = cg(
             self.product,
-            trees.scale(self.objective.grad, -1 / size),
+            trees.scale(self.grad, -1 / size),
             x0=None if x0 is None else trees.scale(x0, 1 / size),
             preconditioner=None if precondition is None else precondition(shift),
             stop=stop,
@@ -82,7 +92,7 @@ class DampedModel:
 
     def undamped_curvature(self, d: TensorList, model_value: float) -> float:
         """dᵀB d, from the value m(d) that CG knows."""
-        slope = float(trees.dot(self.objective.grad, d))
+        slope = float(trees.dot(self.grad, d))
         damped = 2 * (model_value - slope)
         return damped - float(trees.dot(trees.scale_each(self.damping, d), d))
 
@@ -203,8 +213,11 @@ def descended(
 def ratio_of(
     objective: Objective, search: LineSearchResult, best: Trial, first_value: float
 ) -> float:
-    """ρ of the step taken; −∞ where there is none or CG's solution raised F, NaN for no slope."""
-    if best.slope == 0:
+    """ρ of the step taken; −∞ where there is none or CG's solution raised F.
+
+    NaN for no slope, and where F is the same to the last bit, which tells no step from another.
+    """
+    if best.slope == 0 or (search.step > 0 and search.value == objective.value):
         return math.nan
     if search.step == 0 or not first_value - objective.value <= objective.noise:
         return -math.inf

@@ -9,7 +9,8 @@ from hvpopt import trees
 from hvpopt.engines.choice import EngineName
 from hvpopt.engines.split import Curvature
 from hvpopt.optim.calibration import first_damping
-from hvpopt.optim.checks import check_stop, failure_of
+from hvpopt.optim.cg_options import CGOptions
+from hvpopt.optim.checks import failure_of
 from hvpopt.optim.debiasing import relengthened
 from hvpopt.optim.model import DampedModel, best_trial, descended, ratio_of, tensors
 from hvpopt.optim.newton import NewtonOptimizer
@@ -18,7 +19,7 @@ from hvpopt.optim.step import Step
 from hvpopt.options import check_count, check_range
 from hvpopt.preconditioners.base import Preconditioner
 from hvpopt.solvers.result import Solution
-from hvpopt.solvers.stopping import ForcingTerm, RelativeProgress, StoppingRule, Worthwhile
+from hvpopt.solvers.stopping import ForcingTerm, StoppingRule
 
 
 class NewtonCG(NewtonOptimizer):
@@ -26,11 +27,14 @@ class NewtonCG(NewtonOptimizer):
 
     Each step minimises, by CG, the model of the objective F(θ) = loss + ½ wd ‖θ‖² on one batch
 
-        m(d) = gᵀd + ½ dᵀ(B + λ I) d,     B the GGN (or Hessian) of F,
+        m(d) = gᵀd + ½ dᵀB d + ½ λ ‖d − μ p₋‖²,     B the GGN (or Hessian) of F,
 
-    takes the best of CG's iterates for F, goes along p = lr·d by backtracking until F decreases
-    sufficiently, and adapts λ to how well the model without λ predicts decreases. A step that no
-    length makes a decrease is rejected: the parameters stay exactly as they were and λ grows.
+    with p₋ the last step; takes the best of CG's iterates for F, goes along p = lr·d by
+    backtracking until F decreases sufficiently, and adapts λ to how well the model without λ
+    predicts decreases. A step that no length makes a decrease is rejected: the parameters stay
+    exactly as they were, λ grows, and the next p₋ is zero. The momentum μ keeps what λ would take
+    from the directions of little curvature, along which a valley is followed: there p is
+    μ p₋ − g / λ, and where the curvature is large it is Newton's.
 
     Where B + λ I has a direction of negative curvature, CG stops at it, and it is taken in place of
     CG's iterate if F is lower there, at |gᵀd| over its curvature, whatever F's scale. It is not the
@@ -67,12 +71,15 @@ class NewtonCG(NewtonOptimizer):
         max_cg_steps: at most so many products a step.
         cg_stop: when CG has done enough, on the gradient scaled to unit length, or a forcing term;
             by default `Worthwhile` with a preconditioner and on mini-batches, whose noise is not
-            worth an accurate solution, else Martens' `RelativeProgress`.
+            worth an accurate solution, else Martens' `RelativeProgress`. Where the closure takes
+            derivatives by ``torch.autograd.grad``, as of a physics-informed network, its runs
+            cost as much as products, and the solutions are more accurate (``overhead=10``).
         cg_backtracking: whether earlier iterates of CG are tried, too.
         warm_start: CG starts from this multiple of the last step's solution; by default 0.95, or
             0 with a preconditioner.
-        damping_factor: λ grows or shrinks by it a step, by default 3/2, or 2 with a
-            preconditioner; 1 keeps λ fixed.
+        momentum: μ; with 0, λ holds p back from zero length, as in the source.
+        damping_factor: λ falls by it after a good step, by default 3/2, or 2 with a preconditioner,
+            and grows by its square after a bad one; 1 keeps λ fixed.
         scale_gain: how fast α follows a late batch; 0 keeps it at 1.
         sufficient_decrease: Armijo's c.
         backtracking: what a rejected trial step is multiplied by.
@@ -92,7 +99,9 @@ class NewtonCG(NewtonOptimizer):
         TypeError: for complex, integer or sparse parameters.
 
     Source: Martens, "Deep learning via Hessian-free optimization" (2010), section 4; the GGN is
-    Schraudolph's (2002).
+    Schraudolph's (2002); the momentum is that of Goldshlager, Abrahamsen and Lin, "A
+    Kaczmarz-inspired approach to accelerate the optimization of neural network wavefunctions" (J.
+    Comput. Phys. 516, 2024), which Guzmán-Cordero et al. (2025) took to physics-informed networks.
 
     Examples:
         >>> import torch
@@ -123,6 +132,7 @@ class NewtonCG(NewtonOptimizer):
         cg_stop: StoppingRule | ForcingTerm | None = None,
         cg_backtracking: bool = True,
         warm_start: float | None = None,
+        momentum: float = 0.9,
         damping_factor: float | None = None,
         scale_gain: float = 0.1,
         sufficient_decrease: float = 1e-2,
@@ -136,11 +146,11 @@ class NewtonCG(NewtonOptimizer):
         engine: EngineName = "auto",
         max_consecutive_failures: int = 5,
     ) -> None:
-        self._given = (cg_stop, warm_start, damping_factor)
         plain = preconditioner is None or (preconditioner == "auto" and curvature != "ggn")
         self._max_cg_steps = check_count("max_cg_steps", max_cg_steps)
         self._cg_backtracking = cg_backtracking
-        self._fit_defaults(plain=plain)
+        self._options = CGOptions(cg_stop, warm_start, damping_factor, plain=plain)
+        self._momentum = check_range("momentum", momentum, 0.0, 1.0)
         self._scale_gain = check_range("scale_gain", scale_gain, 0.0, 1.0)
         self._decrease = check_range("sufficient_decrease", sufficient_decrease, 0.0, 1.0)
         self._backtracking = check_range("backtracking", backtracking, 0.01, 0.99)
@@ -161,15 +171,7 @@ class NewtonCG(NewtonOptimizer):
 
     def _fit_defaults(self, *, plain: bool) -> None:
         """Sets what was not given to what suits CG without or with a preconditioner."""
-        usual_stop = RelativeProgress() if plain else Worthwhile()
-        self._cg_stop = usual_stop if self._given[0] is None else check_stop(self._given[0])
-        late_stop = Worthwhile(overhead=12.0) if plain else usual_stop
-        self._late_stop = late_stop if self._given[0] is None else self._cg_stop
-        pairs = zip((0.95, 1.5) if plain else (0.0, 2.0), self._given[1:], strict=True)
-        start, factor = (usual if given is None else given for usual, given in pairs)
-        self._least_share = 0.03 if plain else 3e-4  # of the first damping, on mini-batches
-        self._warm_start = check_range("warm_start", start, 0.0, 1.0)
-        self._damping_factor = check_range("damping_factor", factor, 1.0)
+        self._options = replace(self._options, plain=plain)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -182,12 +184,12 @@ class NewtonCG(NewtonOptimizer):
         objective = step.objective
         slope_ratio = step.mean_slope_ratio()
         scale = step.scale(slope_ratio, self._scale_gain)
-        dampings = self._calibrated(step)
+        dampings, factor = self._calibrated(step), self._options.damping_factor
         pairs = zip(self.param_groups, dampings, strict=True)
         firsts = [group.get("first_damping", damping) for group, damping in pairs]
-        leasts = [self._least_share * first for first in firsts]
+        leasts = [self._options.least_share * first for first in firsts]
         if objective.is_partial and math.isnan(slope_ratio):
-            dampings = step.dampings(dampings, step.late_ratio(), 0.0, self._damping_factor, leasts)
+            dampings = step.dampings(dampings, step.late_ratio(), 0.0, factor, leasts)
         model = self._model(step, dampings)
         solution = self._solved(step, model)
         said: dict[str, Any] = {
@@ -223,7 +225,7 @@ class NewtonCG(NewtonOptimizer):
             update_norm=length * float(trees.norm(best.update)),
         )
         if length == 0 or not objective.is_partial:
-            dampings = step.dampings(dampings, ratio, slope_ratio, self._damping_factor, leasts)
+            dampings = step.dampings(dampings, ratio, slope_ratio, factor, leasts)
         for group, damping, first in zip(self.param_groups, dampings, firsts, strict=True):
             group.update(damping=damping, first_damping=first)
         return step.report(Outcome.STEPPED if length else Outcome.REJECTED, **said)
@@ -235,7 +237,9 @@ class NewtonCG(NewtonOptimizer):
             for p in group["params"]
             if p.requires_grad
         ]
-        return DampedModel(step.objective, each, step.precondition)
+        last = tensors(step.kept("update")) if self._momentum > 0 else None
+        centre = None if last is None else trees.scale(last, self._momentum)
+        return DampedModel(step.objective, each, step.precondition, centre)
 
     def _solved(self, step: Step, model: DampedModel) -> Solution:
         if step.halves is None:
@@ -247,10 +251,10 @@ class NewtonCG(NewtonOptimizer):
         self, step: Step, model: DampedModel, *, keep_iterates: bool = False
     ) -> Solution:
         """CG from a multiple of the last solution, where that helps."""
-        last = tensors(step.kept("direction")) if self._warm_start > 0 else None
+        last = tensors(step.kept("direction")) if self._options.warm_start > 0 else None
         return model.minimized(
-            x0=None if last is None else trees.scale(last, self._warm_start),
-            stop=step.stopping(self._late_stop if step.num_batches else self._cg_stop),
+            x0=None if last is None else trees.scale(last, self._options.warm_start),
+            stop=step.stopping(self._options.stop(step)),
             max_steps=self._max_cg_steps,
             keep_iterates=keep_iterates,
         )

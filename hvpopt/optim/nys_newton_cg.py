@@ -57,6 +57,7 @@ class NysNewtonCG(NewtonCG):
             preconditioner=Nystrom(rank=rank, every=every),
             max_cg_steps=max_cg_steps,
             cg_stop=RelativeProgress(),
+            momentum=0.0,
             damping_factor=1.0,
             sufficient_decrease=0.1,
             backtracking=0.5,

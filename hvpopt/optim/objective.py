@@ -32,6 +32,7 @@ class Objective:
         value: F(θ), up to tᵀθ.
         eps: the machine's, of the loss.
         noise: the rounding error to expect in differences of F.
+        takes_derivatives: as of the linearization.
         is_partial: whether the gradient is of more data than loss and curvature, of earlier
             micro-batches: F then has no curvature where those have it alone, and no lower bound.
     """
@@ -54,6 +55,7 @@ class Objective:
             trees.add(point.grad, trees.scale_each(decay, start)) if any(decay) else point.grad
         )
         self.value = float(point.loss) + self._penalty()
+        self.takes_derivatives = point.takes_derivatives
         self.eps = torch.finfo(point.loss.dtype).eps
         self.noise = 4 * self.eps * abs(self.value)
 

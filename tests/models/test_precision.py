@@ -154,13 +154,15 @@ def test_a_step_inside_autocast_is_the_step_with_autocast_inside(optimizer):
     moved = []
     for outside in (True, False):
         model = attentive()
+        start = flat(model.params)
         stepper = optimizer(model.net.parameters())
         closure = model.closure if outside else step(model, torch.bfloat16)
         with autocast() if outside else nullcontext():
             for _ in range(2):
                 stepper.step(closure)
-        moved.append(flat(model.params))
-    torch.testing.assert_close(*moved, rtol=1e-2, atol=1e-3)
+        moved.append(flat(model.params) - start)
+    one, other = moved
+    assert (one - other).norm() < 0.03 * other.norm()  # bfloat16 rounds to 0.4%
 
 
 @pytest.mark.parametrize("curvature", BOTH)

@@ -183,7 +183,7 @@ def test_a_step_without_decrease_is_rejected_and_everything_restored_exactly():
     assert torch.equal(w, before)
     assert report.step_length == 0.0
     assert report.reduction_ratio == -math.inf
-    assert optimizer.param_groups[0]["damping"] == 1.5
+    assert optimizer.param_groups[0]["damping"] == 1.5**2
 
 
 def test_negative_curvature_is_reported_and_the_step_descends():
@@ -194,7 +194,7 @@ def test_negative_curvature_is_reported_and_the_step_descends():
         return w[0] ** 2 - w[1] ** 2 + 0.25 * w[1] ** 4
 
     values = [float(optimizer.step(closure_of(optimizer, loss)).detach()) for _ in range(40)]
-    assert all(b <= a for a, b in pairwise(values))
+    assert all(b <= a + 1e-15 for a, b in pairwise(values))
     assert values[-1] == pytest.approx(-1.0, abs=1e-6)  # the minima are at (0, ±√2)
     w.data = torch.tensor([0.5, 0.1], dtype=torch.float64)
     fresh = hvpopt.NewtonCG([w], damping=1e-3, curvature="hessian")

@@ -114,7 +114,7 @@ def test_a_rejected_step_raises_the_damping_however_little_it_missed():
     )
     optimizer.step(closure_of(optimizer, lambda: (w**2).sum()))
     assert optimizer.last_report.outcome is Outcome.REJECTED
-    assert optimizer.param_groups[0]["damping"] == 1.5
+    assert optimizer.param_groups[0]["damping"] == 1.5**2
 
 
 def test_an_interrupt_at_the_end_of_a_step_leaves_the_damping(monkeypatch):

@@ -124,6 +124,7 @@ def test_sparse_gradients_are_refused_by_name():
         ({"max_cg_steps": 2.7}, r"max_cg_steps=2\.7 is out of range: expected a whole number"),
         ({"lr": math.inf}, r"lr=inf is out of range"),
         ({"cg_stop": 1e-3}, r"cg_stop=0\.001 is no stopping rule"),
+        ({"momentum": -0.1}, r"momentum=-0\.1 is out of range: expected a number between"),
         ({"warm_start": 1.5}, r"warm_start=1\.5 is out of range: expected a number between"),
         ({"damping_factor": 0.5}, r"damping_factor=0\.5"),
         ({"backtracking": 1.0}, r"backtracking=1\.0"),

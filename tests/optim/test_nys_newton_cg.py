@@ -19,7 +19,7 @@ def test_the_preset_is_newton_cg_with_its_options():
     theirs, _ = trained(
         lambda p: hvpopt.NewtonCG(
             p, damping=0.1, curvature="hessian", preconditioner=Nystrom(rank=8, every=2),
-            max_cg_steps=1000, cg_stop=RelativeProgress(), damping_factor=1.0,
+            max_cg_steps=1000, cg_stop=RelativeProgress(), momentum=0.0, damping_factor=1.0,
             sufficient_decrease=0.1, seed=3,
         )
     )  # fmt: skip

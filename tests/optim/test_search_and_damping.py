@@ -16,6 +16,7 @@ def test_the_damping_follows_the_ratio():
     assert levenberg_marquardt(1.0, math.nan) == 1.0
     assert levenberg_marquardt(1.0, 0.8, factor=1.0) == 1.0
     assert levenberg_marquardt(1e-12, 0.9) == 1e-12
+    assert levenberg_marquardt(1.0, 0.2, factor=2.0, growth=4.0) == 4.0
 
 
 def test_the_ratio_tells_rises_noise_and_nonsense_apart():
