@@ -10,7 +10,7 @@ from torch import Tensor
 from hvpopt import trees
 from hvpopt.trees import TensorList
 
-_MAX_SAMPLED = 100_000
+_MAX_SAMPLED = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class GainRule:
         """
         square = torch.lerp(signal**2, square, self.beta)
         if self.normalization == "rms":
-            scale = (square / (1 - self.beta ** max(age, 1))).sqrt()
-            signal = torch.where(scale > 0, signal / scale, torch.zeros_like(signal))
-        change = 1 + mu * signal
-        gain = (gain * change.clamp(min=self.rho)).clamp(*self.bounds)
-        return gain, square, change <= self.rho
+            scale = (square / (1 - self.beta ** max(age, 1))).sqrt_()
+            signal = (signal / scale).nan_to_num_(0.0, 0.0, 0.0)  # where all were zero
+        change = (mu * signal).add_(1)
+        is_floored = change <= self.rho
+        return change.clamp_(min=self.rho).mul_(gain).clamp_(*self.bounds), square, is_floored
 
 
 def figures(
@@ -71,18 +71,19 @@ def figures(
     """
     low, high = rule.bounds
     flat = torch.cat([gain.reshape(-1).float() for gain in gains])
-    log, norm = flat.log(), trees.norm(new[0])
+    norm, (least, most) = trees.norm(new[0]), flat.aminmax()
+    at_bounds = (flat <= low).logical_or_(flat >= high)
     # evenly spaced ones, where there are more than torch.quantile sorts quickly
-    sampled = log[:: 2 * (log.numel() // _MAX_SAMPLED) + 1]
-    levels = torch.tensor([0.05, 0.5, 0.95], device=log.device)
+    sampled = flat[:: 2 * (flat.numel() // _MAX_SAMPLED) + 1].log()
+    levels = torch.tensor([0.05, 0.5, 0.95], device=flat.device)
     quantiles = torch.quantile(sampled, levels).unbind()
     numbers = {
         **dict(zip(("log_gain_low", "log_gain_median", "log_gain_high"), quantiles, strict=True)),
-        "log_gain_min": log.min(),
-        "log_gain_mean": log.mean(),
-        "log_gain_max": log.max(),
-        "fraction_floored": torch.cat([f.reshape(-1) for f in floored]).float().mean(),
-        "fraction_at_bounds": ((flat <= low) | (flat >= high)).float().mean(),
+        "log_gain_min": least.log(),
+        "log_gain_mean": sampled.mean(),
+        "log_gain_max": most.log(),
+        "fraction_floored": torch.stack([f.count_nonzero() for f in floored]).sum() / flat.numel(),
+        "fraction_at_bounds": at_bounds.count_nonzero() / flat.numel(),
         "trace_norm": norm,
         "trace_alignment": trees.dot(*new) / (norm * trees.norm(new[1])),
         "trace_curvature": trees.dot(*old) / trees.dot(old[0], old[0]),

@@ -27,9 +27,9 @@ class SMDReport(StepReport):
     """What SMD did in a step.
 
     Attributes:
-        log_gain_min, log_gain_mean, log_gain_max: of ln(gain) over the parameters.
-        log_gain_low, log_gain_median, log_gain_high: the 5%, 50% and 95% quantiles of ln(gain); of
-            at most 100,000 evenly spaced gains.
+        log_gain_min, log_gain_max: of ln(gain) over the parameters.
+        log_gain_mean, log_gain_low, log_gain_median, log_gain_high: the mean and the 5%, 50% and
+            95% quantiles of ln(gain); of at most 10,000 evenly spaced gains.
         fraction_floored: share of gains that shrank by the full factor ρ.
         fraction_at_bounds: share of gains at one of their bounds.
         trace_norm: ‖v‖, v = −∂θ/∂ln p accumulated over time.
@@ -191,7 +191,7 @@ class SMD(ClosureOptimizer):
 
         lam = self._per_parameter("lam")
         traces = [
-            lam_i * v_i + step * (g - lam_i * c)
+            torch.addcmul(lam_i * v_i, step, g.sub(c, alpha=lam_i))
             for lam_i, v_i, step, g, c in zip(lam, v, steps, grad, curved, strict=True)
         ]
         numbers |= figures(self._rule, gains, floored, (v, curved), (traces, grad))
