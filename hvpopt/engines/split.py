@@ -13,6 +13,7 @@ is the Hessian of what bypasses the loss functions, a penalty on the weights, sa
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -59,6 +60,19 @@ NO_SPLIT = (
     "them (F.mse_loss(residual, torch.zeros_like(residual)) for a mean of squares), or choose "
     "curvature='hessian'."
 )
+
+
+_IS_INNER: ContextVar[bool] = ContextVar("inner", default=False)
+
+
+@contextmanager
+def inner_problem() -> Iterator[None]:
+    """While active, loss functions are those of an inner problem, and no split cuts the graph."""
+    token = _IS_INNER.set(True)
+    try:
+        yield
+    finally:
+        _IS_INNER.reset(token)
 
 
 class SplitNotFoundError(ValueError):
@@ -151,7 +165,8 @@ class LossSplit:
 
     def handles(self, func: object) -> bool:
         """Whether ``func`` is a loss function, or a log_softmax that one may come after."""
-        return func in _CONVEX or func in _LINEAR or func in _LOG_SOFTMAX
+        is_known = func in _CONVEX or func in _LINEAR or func in _LOG_SOFTMAX
+        return is_known and not _IS_INNER.get()
 
     def __call__(self, func: Callable[..., Tensor], *given: Any, **kwargs: Any) -> Tensor:
         """``func(*given, **kwargs)`` with the network's outputs replaced by leaves."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hvpopt.engines.base import reverse, unit_cotangent
+from hvpopt.engines.split import inner_problem
 from hvpopt.engines.support import differentiable_kernels, graph_nodes
 from hvpopt.nested.energy import (
     Energy,
@@ -249,12 +250,13 @@ class InnerProblem:
         return energies, torch.zeros_like(y) if g is None else g
 
     def _evaluate(self, xs: Sequence[Tensor], y: Tensor) -> Any:
-        if self._spec.is_leaf() and xs:
-            return self.energy(xs[0], y)
-        leaves = list(self._leaves)
-        for place, v in zip(self._places, xs, strict=True):
-            leaves[place] = v
-        return self.energy(pytree.tree_unflatten(leaves, self._spec), y)
+        with inner_problem():
+            if self._spec.is_leaf() and xs:
+                return self.energy(xs[0], y)
+            leaves = list(self._leaves)
+            for place, v in zip(self._places, xs, strict=True):
+                leaves[place] = v
+            return self.energy(pytree.tree_unflatten(leaves, self._spec), y)
 
 
 def _check_batch(x: Any, y: Tensor) -> None:

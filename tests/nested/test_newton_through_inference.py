@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nested.smooth_energy import problem
 from torch import nn
 
@@ -35,15 +36,27 @@ class Head(nn.Module):
         return self.energy(encoding["x"], y)
 
 
-def setting(adjoint="unrolled"):
+class HeadWithLoss(Head):
+    """An energy with a loss function of torch inside, whose input is no output of the network."""
+
+    def __init__(self, energy):
+        super().__init__(energy)
+        self.centre = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+    def forward(self, encoding, y):
+        pull = F.mse_loss(y, self.centre.expand_as(y), reduction="none")
+        return super().forward(encoding, y) + pull.sum(1)
+
+
+def setting(adjoint="unrolled", head=Head):
     energy, x, target = problem()
-    network = EncodedEnergy(Features(), Head(energy))
+    network = EncodedEnergy(Features(), head(energy))
     minimizer = Minimizer(method=METHOD, domain=Logits(), adjoint=adjoint)
     return network, x.detach(), target, minimizer
 
 
-def operator_of(loss, adjoint="unrolled"):
-    network, x, target, minimizer = setting(adjoint)
+def operator_of(loss, adjoint="unrolled", head=Head):
+    network, x, target, minimizer = setting(adjoint, head)
     batch = (x, target)
     return GGNOperator(
         lambda batch: loss(network, *batch, minimizer).loss, network.parameters(), [batch]
@@ -57,10 +70,11 @@ def curvature_of_error(task_loss, y, target):
     return target / y**2 + (1 - target) / (1 - y) ** 2
 
 
+@pytest.mark.parametrize("head", [Head, HeadWithLoss])
 @pytest.mark.parametrize("task_loss", ["squared", "log"])
 @pytest.mark.parametrize("iterates", ["last", "all"])
-def test_the_product_is_that_of_the_dense_jacobian_of_inference(task_loss, iterates):
-    network, x, target, minimizer = setting()
+def test_the_product_is_that_of_the_dense_jacobian_of_inference(task_loss, iterates, head):
+    network, x, target, minimizer = setting(head=head)
     params = list(network.parameters())
     encoding = network.encoder(x)
     found = minimizer(network.head, encoding, network.initial(encoding), keep_iterates=True)
@@ -81,7 +95,7 @@ def test_the_product_is_that_of_the_dense_jacobian_of_inference(task_loss, itera
         dense += weight * J.T @ (h.unsqueeze(1) * J)
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
-    with operator_of(EndToEnd(task_loss=task_loss, iterates=iterates)) as ggn:
+    with operator_of(EndToEnd(task_loss=task_loss, iterates=iterates), head=head) as ggn:
         product = torch.cat([u.flatten() for u in ggn(v)])
     expected = dense @ torch.cat([u.flatten() for u in v])
     assert (product - expected).abs().max() < 1e-10 * expected.abs().max()
