@@ -40,7 +40,7 @@ class CGOptions:
     @property
     def damping_factor(self) -> float:
         """What λ falls by after a good step."""
-        usual = 1.5 if self.plain else 2.0
+        usual = 1.5 if self.plain else 3.0
         return usual if self.given_factor is None else self.given_factor
 
     @property

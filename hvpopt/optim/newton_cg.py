@@ -33,13 +33,11 @@ class NewtonCG(NewtonOptimizer):
     backtracking until F decreases sufficiently, and adapts λ to how well the model without λ
     predicts decreases. A step that no length makes a decrease is rejected: the parameters stay
     exactly as they were, λ grows, and the next p₋ is zero. The momentum μ keeps what λ would take
-    from the directions of little curvature, along which a valley is followed: there p is
-    μ p₋ − g / λ, and where the curvature is large it is Newton's.
+    from p where the curvature is small, along a valley: there p is μ p₋ − g / λ.
 
     Where B + λ I has a direction of negative curvature, CG stops at it, and it is taken in place of
-    CG's iterate if F is lower there, at |gᵀd| over its curvature, whatever F's scale. It is not the
-    capped CG of `hvpopt.minimize`: the bound on the number of steps that this buys holds for one F
-    and a fixed λ, and here it would cost the warm start and the earlier iterates.
+    CG's iterate if F is lower there, at |gᵀd| over its curvature. It is not the capped CG of
+    `hvpopt.minimize`, whose bound on the number of steps holds for one F and a fixed λ.
 
     On mini-batches a model's agreement with the batch that it was made from says little of the
     rest of the data. Where a step finds another loss than the last one left, the batch has
@@ -77,8 +75,9 @@ class NewtonCG(NewtonOptimizer):
         cg_backtracking: whether earlier iterates of CG are tried, too.
         warm_start: CG starts from this multiple of the last step's solution; by default 0.95, or
             0 with a preconditioner.
-        momentum: μ; with 0, λ holds p back from zero length, as in the source.
-        damping_factor: λ falls by it after a good step, by default 3/2, or 2 with a preconditioner,
+        momentum: μ; 0 is as in Martens' method, and while gradients accumulate over micro-batches:
+            λ alone bounds p where the last one has no curvature.
+        damping_factor: λ falls by it after a good step, by default 3/2, or 3 with a preconditioner,
             and grows by its square after a bad one; 1 keeps λ fixed.
         scale_gain: how fast α follows a late batch; 0 keeps it at 1.
         sufficient_decrease: Armijo's c.
@@ -237,8 +236,9 @@ class NewtonCG(NewtonOptimizer):
             for p in group["params"]
             if p.requires_grad
         ]
-        last = tensors(step.kept("update")) if self._momentum > 0 else None
-        centre = None if last is None else trees.scale(last, self._momentum)
+        momentum = 0.0 if step.objective.is_partial else self._momentum
+        last = tensors(step.kept("update")) if momentum > 0 else None
+        centre = None if last is None else trees.scale(last, momentum)
         return DampedModel(step.objective, each, step.precondition, centre)
 
     def _solved(self, step: Step, model: DampedModel) -> Solution:

@@ -85,6 +85,25 @@ def test_after_a_rejected_step_there_is_no_momentum():
     torch.testing.assert_close(flat(params), before + step)
 
 
+def test_accumulated_gradients_have_no_momentum():
+    A, c, params, loss = quadratic()
+    optimizer = hvpopt.NewtonCG(params, damping=3.0, **EXACT)
+    matrix, w = A + 3.0 * torch.eye(6).double(), torch.zeros(6).double()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (0.5 * torch.cat(params).sum()).backward()  # another micro-batch
+
+        def closure():
+            value = loss()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        w = w - torch.linalg.solve(matrix, A @ (w - c) + 0.5)
+        assert optimizer.last_report.step_length == 1
+        torch.testing.assert_close(flat(params), w)
+
+
 @torch.no_grad()
 def test_the_centred_model_is_that_of_the_dense_matrix():
     task = problem("mlp")
