@@ -40,6 +40,10 @@ CLIPPED = (
     "along the direction bound the step."
 )
 
+# On the same data only the labels' noise is averaged over, and other parameters cost more than it.
+# Not so for networks as physics-informed ones, whose derivatives make that noise large.
+_FRESH = Kronecker(every=2, decay=0.5)
+
 
 class NewtonOptimizer(ClosureOptimizer):
     """A Newton method whose steps see an `Objective`, with a preconditioner where wanted.
@@ -236,6 +240,9 @@ class NewtonOptimizer(ClosureOptimizer):
         chosen = self._preconditioner
         if chosen is None:
             return None
+        is_same_batch = not drafts[0].get("num_batches")
+        if self._may_go_without and is_same_batch and not objective.takes_derivatives:
+            chosen = _FRESH
         num_steps = int(drafts[0].get("step", 0))
         point = CurvaturePoint(
             params=params,

@@ -65,7 +65,7 @@ class NewtonCG(NewtonOptimizer):
             outputs) or "hessian", whose directions of negative curvature are followed.
         preconditioner: for CG, one of `hvpopt.preconditioners`; "auto" is `Kronecker` for the GGN
             of a loss that is a negative log-likelihood (cross-entropy, mean squared error), and
-            none otherwise.
+            none otherwise; while the batch stays the same, with fresher factors.
         max_cg_steps: at most so many products a step.
         cg_stop: when CG has done enough, on the gradient scaled to unit length, or a forcing term;
             by default `Worthwhile` with a preconditioner and on mini-batches, whose noise is not

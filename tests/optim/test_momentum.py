@@ -12,6 +12,7 @@ from hvpopt.optim.cg_options import CGOptions
 from hvpopt.optim.model import DampedModel
 from hvpopt.optim.objective import Objective
 from hvpopt.optim.report import Outcome
+from hvpopt.preconditioners import Kronecker
 from hvpopt.solvers.stopping import EisenstatWalker, RelativeProgress, ResidualNorm, Worthwhile
 
 EXACT = {
@@ -206,3 +207,29 @@ def test_a_physics_informed_closure_is_solved_more_accurately():
             optimizer.step(closure_of(optimizer, loss))
         steps[own] = optimizer.last_report.cg_steps
     assert steps[None] > steps[Worthwhile(1.0)]
+
+
+def refreshes(num_steps, *, batches=1, preconditioner="auto", takes_derivatives=False):
+    """How often the factors of a network's first weight were renewed."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = hvpopt.NewtonCG(net.parameters(), preconditioner=preconditioner)
+    x = torch.randn(batches, 20, 2, dtype=torch.float64, requires_grad=takes_derivatives)
+    for i in range(num_steps):
+
+        def loss(x=x[i % batches]):
+            u = net(x)
+            if takes_derivatives:
+                (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+                u = u + slope[:, :1]
+            return F.mse_loss(u, x.detach().prod(1, keepdim=True))
+
+        optimizer.step(closure_of(optimizer, loss))
+    return optimizer.state[net[0].weight]["kronecker"]["num_refreshes"]
+
+
+def test_factors_are_renewed_more_often_while_the_batch_stays_the_same():
+    assert refreshes(7) == 4  # at steps 0, 2, 4, 6
+    assert refreshes(7, batches=7) == 3  # at steps 0, 3, 6
+    assert refreshes(7, takes_derivatives=True) == 3
+    assert refreshes(7, preconditioner=Kronecker(every=6)) == 2
