@@ -99,6 +99,12 @@ def test_one_entry_that_is_not_finite_is_found(bad):
     assert not trees.all_finite(xs)
 
 
+def test_entries_whose_squares_overflow_are_finite():
+    xs = lists()
+    xs[-1][0, 1, 1] = 1e30
+    assert trees.all_finite(xs)
+
+
 def test_rademacher_probes_are_signs_with_the_identity_as_second_moment():
     """20,000 samples: means and correlations within five standard errors, 5/√20000."""
     like = [torch.zeros(2, 2), torch.zeros(3)]

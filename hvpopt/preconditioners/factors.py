@@ -19,6 +19,8 @@ from torch import Tensor
 from hvpopt.engines.layer_readers import LayerCall
 from hvpopt.likelihoods import wide
 
+_ROUNDINGS = 10
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -26,6 +28,29 @@ class Factors:
 
     rows: Tensor
     columns: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """R x C for matrices x[groups, rows, columns]."""
+        x = self.rows[..., None] * x if self.rows.dim() == 2 else self.rows @ x
+        return x * self.columns[:, None] if self.columns.dim() == 2 else x @ self.columns
+
+    def inverse(self, shift: float) -> "Factors":
+        """(R + τ ρ)⁻¹ ⊗ (C + τ κ)⁻¹, near (R ⊗ C + shift)⁻¹.
+
+        ρ and κ are the factors' mean eigenvalues, and τ = √(shift / ρ κ): so the shift is split
+        between the factors in the ratio of their sizes, and R ⊗ C + shift has the further terms
+        τ (R ⊗ κ + ρ ⊗ C). A factor is lifted by no less than what its rounding may hide. Where
+        one vanishes, nothing is known, and the curvature counts as 1.
+
+        Source: Martens and Grosse (2015), section 6.3.
+        """
+        rho, kappa = _mean(self.rows), _mean(self.columns)
+        is_known = (rho > 0) & (kappa > 0)
+        share = (shift / (rho * kappa).where(is_known, 1)).sqrt()
+        lift = (share * rho).maximum(_rounding(self.rows)).where(is_known, 1 + shift)
+        inverse = _inverse(_times(is_known, self.rows), lift)
+        lift = (share * kappa).maximum(_rounding(self.columns)).where(is_known, 1)
+        return Factors(inverse, _inverse(_times(is_known, self.columns), lift))
 
 
 def factors_of(
@@ -116,56 +141,41 @@ def _trace(factor: Tensor) -> Tensor:
     return factor.sum(-1) if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def _mean(factor: Tensor) -> Tensor:
+    """The mean eigenvalue of each group."""
+    return _trace(factor) / factor.shape[-1]
+
+
+def _rounding(factor: Tensor) -> Tensor:
+    """What rounding may hide of each group's eigenvalues."""
+    return _ROUNDINGS * torch.finfo(factor.dtype).eps * factor.flatten(1).norm(dim=1)
+
+
 def _times(numbers: Tensor, factor: Tensor) -> Tensor:
     return numbers.reshape(-1, *[1] * (factor.dim() - 1)) * factor
 
 
-@dataclass(frozen=True)
-class Eigenbasis:
-    """A factor V diag(values) Vᵀ for each group; V is the identity where there is none."""
+def floored(curvature: Tensor) -> Tensor:
+    """A diagonal, whose entries below rounding count as much as rounding.
 
-    values: Tensor
-    vectors: Tensor | None = None
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-    @classmethod
-    def of(cls, factor: Tensor) -> "Eigenbasis":
-        """A factor's own; in float64 where torch does not find it in the factor's dtype."""
-        if factor.dim() == 2:
-            return cls(factor)
-        try:
-            values, vectors = torch.linalg.eigh(factor)
-        except torch.linalg.LinAlgError:
-            values, vectors = (x.to(factor.dtype) for x in torch.linalg.eigh(factor.double()))
-        return cls(values.clamp(min=0), vectors)
-
-    def factor(self) -> Tensor:
-        """V diag(values) Vᵀ."""
-        if self.vectors is None:
-            return self.values
-        return (self.vectors * self.values[:, None]) @ self.vectors.mT
-
-
-def floored(curvature: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Eigenvalues, of which those below rounding count as much as rounding.
-
-    So they can be divided by. Where all vanish, nothing is known, and they count as 1.
+    So it can be divided by. Where all vanish, nothing is known, and they count as 1.
     """
     if curvature.numel() == 0:
         return curvature
-    largest = curvature.amax(dims, keepdim=True) if dims else curvature.max()
+    largest = curvature.max()
     floor = torch.finfo(curvature.dtype).eps * largest
     return torch.where(largest > 0, curvature.maximum(floor), 1.0)
 
 
-def solve(r: Tensor, rows: Eigenbasis, columns: Eigenbasis, shift: float) -> Tensor:
-    """(R ⊗ C + shift)⁻¹ r for matrices r[groups, rows, columns]."""
-    curvature = floored(rows.values[:, :, None] * columns.values[:, None, :], (1, 2))
-    x = r if rows.vectors is None else rows.vectors.mT @ r
-    x = x if columns.vectors is None else x @ columns.vectors
-    x = x / (curvature + shift)
-    x = x if rows.vectors is None else rows.vectors @ x
-    return x if columns.vectors is None else x @ columns.vectors.mT
+def _inverse(factor: Tensor, shift: Tensor) -> Tensor:
+    """(factor + shift)⁻¹ for each group, of positive semi-definite factors and positive shifts."""
+    if factor.dim() == 2:
+        return 1 / (factor + shift[:, None])
+    lifted = factor.clone()
+    lifted.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    triangle, info = torch.linalg.cholesky_ex(lifted)
+    if not bool(info.any()):
+        return torch.cholesky_inverse(triangle)
+    values, vectors = torch.linalg.eigh(factor.double())  # rounding has made it indefinite
+    values = values.clamp(min=0) + shift[:, None]
+    return ((vectors / values[:, None]) @ vectors.mT).to(factor.dtype)

@@ -65,22 +65,26 @@ def test_a_debiased_step_goes_from_one_part_as_far_as_the_other_says(decay):
     optimizer = hvpopt.NewtonCG(
         [w], damping=0.3, weight_decay=decay, curvature_fraction=0.6, debiased=True, **EXACT
     )
-    optimizer.step(closure_of(optimizer, lambda: F.mse_loss(x @ w, y)))
-    eye = torch.eye(5).double()
-    halves = {}
-    for which in ("part", "rest"):
-        rows = rows_of_step(optimizer, 0, 40, which, 0.6)
-        matrix, grad = normal_equations(x, y, start, rows)
-        halves[which] = matrix + decay * eye, grad + decay * start
-    matrix, grad = halves["part"]
-    d = -torch.linalg.solve(matrix + 0.3 * eye, grad)
-    matrix, grad = halves["rest"]
-    length = float(-grad @ d / (d @ matrix @ d + 0.3 * d @ d))
-    assert optimizer.last_report.step_length == 1
-    torch.testing.assert_close(w.detach(), start + length * d)
-    # the reduction ratio is of the whole batch's model, which is exact
-    assert optimizer.last_report.reduction_ratio == pytest.approx(1.0)
-    torch.testing.assert_close(w.grad, normal_equations(x, y, start, slice(None))[1])
+    eye, last = torch.eye(5).double(), torch.zeros(5).double()
+    for step in range(2):
+        w.data.copy_(start)
+        optimizer.step(closure_of(optimizer, lambda: F.mse_loss(x @ w, y)))
+        damping = optimizer.last_report.damping
+        halves = {}
+        for which in ("part", "rest"):
+            rows = rows_of_step(optimizer, step, 40, which, 0.6)
+            matrix, grad = normal_equations(x, y, start, rows)
+            grad = grad + decay * start - 0.9 * damping * last
+            halves[which] = matrix + (decay + damping) * eye, grad
+        matrix, grad = halves["part"]
+        d = -torch.linalg.solve(matrix, grad)
+        matrix, grad = halves["rest"]
+        last = d * float(-grad @ d / (d @ matrix @ d))
+        assert optimizer.last_report.step_length == 1
+        torch.testing.assert_close(w.detach(), start + last)
+        # the reduction ratio is of the whole batch's model, which is exact
+        assert optimizer.last_report.reduction_ratio == pytest.approx(1.0)
+        torch.testing.assert_close(w.grad, normal_equations(x, y, start, slice(None))[1])
 
 
 def test_a_direction_that_the_rest_does_not_confirm_is_not_taken():
