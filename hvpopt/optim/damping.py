@@ -2,6 +2,8 @@
 
 import math
 
+_NO_PART = 0.01
+
 
 def reduction_ratio(actual: float, predicted: float, *, noise: float = 0.0) -> float:
     """The decrease of the loss over the decrease that its model predicts.
@@ -71,11 +73,14 @@ def damping_after(
     num_batches: int,
     factor: float = 1.5,
     least: float = 1e-12,
+    share: float = math.inf,
 ) -> float:
     """The damping for the next step, on the same batch or on others.
 
     On the same batch, where s is NaN, `levenberg_marquardt` with growth by factor²: with momentum
-    a large λ costs little, and a step that goes too far costs much. Where each step has another
+    a large λ costs little, and a step that goes too far costs much. It does not fall where it has
+    next to no part in the step, pᵀΛ p < 0.01 pᵀB p: good steps are not its merit then, and it would
+    fall for ever, and with it what keeps a preconditioner in bounds. Where each step has another
     batch,
 
         λ ← factor²·λ where ρ < ½ or s < −1;    λ ← λ / factor^γ where ρ > ¾ and s > −¼,
@@ -91,6 +96,7 @@ def damping_after(
         num_batches: k, so far.
         factor: 1 keeps λ.
         least: what λ falls to on other batches.
+        share: pᵀΛ p / pᵀB p of this step.
 
     Examples:
         >>> damping_after(1.0, 0.9, math.nan, 0), damping_after(1.0, 0.9, -2.0, 1)
@@ -99,6 +105,8 @@ def damping_after(
     if factor == 1:
         return damping
     if math.isnan(slope_ratio):
+        if ratio > 0.75 and share < _NO_PART:
+            return damping
         return levenberg_marquardt(damping, ratio, factor=factor, growth=factor**2)
     if ratio < 0.5 or slope_ratio < -1:
         damping *= factor**2

@@ -93,8 +93,11 @@ class DampedModel:
     def undamped_curvature(self, d: TensorList, model_value: float) -> float:
         """dᵀB d, from the value m(d) that CG knows."""
         slope = float(trees.dot(self.grad, d))
-        damped = 2 * (model_value - slope)
-        return damped - float(trees.dot(trees.scale_each(self.damping, d), d))
+        return 2 * (model_value - slope) - self.damped(d)
+
+    def damped(self, d: TensorList) -> float:
+        """dᵀΛ d."""
+        return float(trees.dot(trees.scale_each(self.damping, d), d))
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Trial:
         update: p.
         slope: gᵀp.
         curved: pᵀB p, without damping.
+        damped: pᵀΛ p, with Λ = diag(λ).
         value: F(θ + p); NaN where it was not evaluated.
         num_steps: the steps of CG that led to it.
     """
@@ -112,12 +116,18 @@ class Trial:
     update: TensorList
     slope: float
     curved: float
+    damped: float
     value: float
     num_steps: int
 
     def predicted(self, length: float = 1.0) -> float:
         """The model's change of F along length·p, without damping."""
         return length * self.slope + 0.5 * length**2 * self.curved
+
+    @property
+    def share(self) -> float:
+        """pᵀΛ p / pᵀB p, what the damping has to say beside the curvature; inf without any."""
+        return self.damped / self.curved if self.curved > 0 else math.inf
 
 
 def trial(
@@ -131,7 +141,8 @@ def trial(
         curved = float(trees.dot(update, objective.product(update)))
     else:
         curved = lr[0] ** 2 * model.undamped_curvature(d, value)
-    return Trial(update, slope, curved, objective.move(update, 1.0), num_steps)
+    damped = model.damped(update)
+    return Trial(update, slope, curved, damped, objective.move(update, 1.0), num_steps)
 
 
 def best_trial(model: DampedModel, lr: Sequence[float], solution: Solution) -> tuple[Trial, float]:

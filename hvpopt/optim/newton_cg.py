@@ -224,7 +224,7 @@ class NewtonCG(NewtonOptimizer):
             update_norm=length * float(trees.norm(best.update)),
         )
         if length == 0 or not objective.is_partial:
-            dampings = step.dampings(dampings, ratio, slope_ratio, factor, leasts)
+            dampings = step.dampings(dampings, ratio, slope_ratio, factor, leasts, best.share)
         for group, damping, first in zip(self.param_groups, dampings, firsts, strict=True):
             group.update(damping=damping, first_damping=first)
         return step.report(Outcome.STEPPED if length else Outcome.REJECTED, **said)

@@ -85,10 +85,11 @@ class Step:
         slope_ratio: float,
         factor: float,
         leasts: Sequence[float],
+        share: float = math.inf,
     ) -> list[float]:
         """Each group's λ after a step, see `damping_after`."""
         num, pairs = self.num_batches, zip(dampings, leasts, strict=True)
-        return [damping_after(d, ratio, slope_ratio, num, factor, x) for d, x in pairs]
+        return [damping_after(d, ratio, slope_ratio, num, factor, x, share) for d, x in pairs]
 
     @property
     def num_batches(self) -> int:

@@ -3,8 +3,13 @@
 import math
 
 import pytest
+import torch.nn.functional as F
+from problems import closure_of
+from torch import nn
 
-from hvpopt.optim.damping import levenberg_marquardt, reduction_ratio
+import hvpopt
+from hvpopt.lightning.data import Digits
+from hvpopt.optim.damping import damping_after, levenberg_marquardt, reduction_ratio
 from hvpopt.optim.line_search import armijo
 
 
@@ -25,6 +30,28 @@ def test_the_ratio_tells_rises_noise_and_nonsense_apart():
     assert reduction_ratio(-0.1, 2.0) == -math.inf
     assert reduction_ratio(math.nan, -1.0) == -math.inf
     assert math.isnan(reduction_ratio(1e-9, -1e-9, noise=1e-8))
+
+
+def test_on_the_same_batch_the_damping_does_not_fall_where_it_has_no_part_in_the_step():
+    after = lambda ratio, share: damping_after(1.0, ratio, math.nan, 0, share=share)  # noqa: E731
+    assert after(0.9, 0.02) == pytest.approx(2 / 3)
+    assert after(0.9, 0.005) == 1.0
+    assert after(0.1, 0.005) == 2.25
+    assert damping_after(1.0, 0.9, 0.0, 1, share=0.005) == pytest.approx(2 / 3)
+
+
+def test_logistic_regression_with_a_penalty_converges_by_default():
+    """Its Kronecker factors, far from the curvature's, must not lead CG astray as λ falls."""
+    x, y = next(iter(Digits(batch_size=300).val_dataloader()))
+    x, y = x.flatten(1).double(), y
+    layer = nn.Linear(64, 10).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = hvpopt.NewtonCG(layer.parameters())
+    loss = lambda: F.cross_entropy(layer(x), y) + 5e-4 * layer.weight.square().sum()  # noqa: E731
+    for _ in range(40):
+        optimizer.step(closure_of(optimizer, loss))
+    assert optimizer.last_report.grad_norm < 2e-5
 
 
 def test_the_line_search_takes_the_first_sufficient_decrease():
