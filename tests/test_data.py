@@ -159,11 +159,11 @@ def test_digits_are_split_at_random_by_class_and_without_overlap():
 
 
 def test_the_split_has_a_seed_of_its_own():
-    def test_labels(**seeds):
+    def labels_of_test(**seeds):
         return next(iter(Digits(**seeds).test_dataloader()))[1]
 
-    assert torch.equal(test_labels(seed=0), test_labels(seed=1))
-    assert not torch.equal(test_labels(), test_labels(split_seed=1))
+    assert torch.equal(labels_of_test(seed=0), labels_of_test(seed=1))
+    assert not torch.equal(labels_of_test(), labels_of_test(split_seed=1))
 
 
 def test_num_train_takes_a_part_of_the_training_images_only():

@@ -65,7 +65,7 @@ class NewtonCG(NewtonOptimizer):
             outputs) or "hessian", whose directions of negative curvature are followed.
         preconditioner: for CG, one of `hvpopt.preconditioners`; "auto" is `Kronecker` for the GGN
             of a loss that is a negative log-likelihood (cross-entropy, mean squared error), and
-            none otherwise; while the batch stays the same, with fresher factors.
+            none otherwise. Where the closure takes derivatives itself its factors are steadier.
         max_cg_steps: at most so many products a step.
         cg_stop: when CG has done enough, on the gradient scaled to unit length, or a forcing term;
             by default `Worthwhile` with a preconditioner and on mini-batches, whose noise is not
@@ -77,8 +77,8 @@ class NewtonCG(NewtonOptimizer):
             0 with a preconditioner.
         momentum: μ; 0 is as in Martens' method, and while gradients accumulate over micro-batches:
             λ alone bounds p where the last one has no curvature.
-        damping_factor: λ falls by it after a good step, by default 3/2, or 3 with a preconditioner,
-            and grows by its square after a bad one; 1 keeps λ fixed.
+        damping_factor: λ falls by it after a good step that it had a part in, by default 3/2, or 3
+            with a preconditioner, and grows by its square after a bad one; 1 keeps λ fixed.
         scale_gain: how fast α follows a late batch; 0 keeps it at 1.
         sufficient_decrease: Armijo's c.
         backtracking: what a rejected trial step is multiplied by.
