@@ -9,6 +9,7 @@ Fisher matrix, where positions are uncorrelated and r is independent of c,
 ⊗ acts on matrices X of the weight's shape: (R ⊗ C) X = R X C.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,8 @@ class Factors:
         """
         rho, kappa = _mean(self.rows), _mean(self.columns)
         is_known = (rho > 0) & (kappa > 0)
-        share = (shift / (rho * kappa).where(is_known, 1)).sqrt()
+        sizes = rho.where(is_known, 1).sqrt() * kappa.where(is_known, 1).sqrt()
+        share = math.sqrt(shift) / sizes  # whose square may overflow
         lift = (share * rho).maximum(_rounding(self.rows)).where(is_known, 1 + shift)
         inverse = _inverse(_times(is_known, self.rows), lift)
         lift = (share * kappa).maximum(_rounding(self.columns)).where(is_known, 1)

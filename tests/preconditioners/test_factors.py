@@ -65,6 +65,11 @@ def test_rounding_that_makes_a_factor_indefinite_is_overcome():
     assert 1e3 < float(values.max()) < 1e7
 
 
+def test_factors_whose_product_underflows_leave_the_shift():
+    tiny = Factors(1e-24 * spd(3).float(), 1e-24 * spd(4, 1).float())
+    torch.testing.assert_close(dense(tiny.inverse(2.0)), torch.eye(12) / 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_a_shift_a_singular_factor_is_lifted_above_rounding(dtype):
     one = torch.ones(1, 5, 5, dtype=dtype)
