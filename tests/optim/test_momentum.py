@@ -252,4 +252,5 @@ def refreshes(num_steps, *, preconditioner="auto", takes_derivatives=False):
 def test_factors_are_renewed_less_often_where_the_closure_takes_derivatives():
     assert refreshes(7) == 4  # at steps 0, 2, 4, 6
     assert refreshes(7, takes_derivatives=True) == 3  # at steps 0, 3, 6
-    assert refreshes(7, preconditioner=Kronecker(every=6)) == 2
+    for takes in (False, True):  # what is given stays
+        assert refreshes(7, preconditioner=Kronecker(every=6), takes_derivatives=takes) == 2
