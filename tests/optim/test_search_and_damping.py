@@ -49,9 +49,9 @@ def test_logistic_regression_with_a_penalty_converges_by_default():
     nn.init.zeros_(layer.bias)
     optimizer = hvpopt.NewtonCG(layer.parameters())
     loss = lambda: F.cross_entropy(layer(x), y) + 5e-4 * layer.weight.square().sum()  # noqa: E731
-    for _ in range(40):
+    for _ in range(60):
         optimizer.step(closure_of(optimizer, loss))
-    assert optimizer.last_report.grad_norm < 2e-5
+    assert optimizer.last_report.grad_norm < 3e-5  # 1e-6 and less; it stood still at 8e-4
 
 
 def test_the_line_search_takes_the_first_sufficient_decrease():
